@@ -34,8 +34,8 @@ def imports(mod: str) -> set[str]:
     for n in ast.walk(ast.parse(MODULES[mod].read_text())):
         if isinstance(n, ast.Import): found |= {a.name for a in n.names}
         if isinstance(n, ast.ImportFrom):
-            assert not n.level, f'{mod}: imports must be absolute, line {n.lineno} is not'
-            found |= {n.module or ''} | {f'{n.module}.{a.name}' for a in n.names}
+            base = '.'.join(filter(None, [*mod.split('.')[:-n.level], n.module])) if n.level else n.module
+            found |= {base} | {f'{base}.{a.name}' for a in n.names}
     return {m for m in found if m in MODULES}
 
 
