@@ -46,7 +46,8 @@ nbs: $(READY) ## export, run every notebook, save its outputs, write README.md
 readme: $(READY) ## README.md from nbs/index.ipynb
 	@$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --output-dir . --output README nbs/index.ipynb \
 	  --NbConvertApp.output_files_dir=nbs/images --RegexRemovePreprocessor.patterns='^#\| hide'
-	@sed -i.bak -E 's#\]\(([0-9]{2}_|tutorials/|research/)#](nbs/\1#g; s/^#\| .*$$//' README.md && rm README.md.bak
+	@sed -E 's#\]\(([0-9]{2}_|tutorials/|research/)#](nbs/\1#g; s/[[:space:]]+$$//' README.md | cat -s \
+	  | awk '/^```/ {if (!inside && $$0 == "```") $$0 = "```python"; inside = !inside} 1' > README.tmp && mv README.tmp README.md
 
 check: $(READY) ## the quick part of test: lint, types, and a house in order
 	$(BIN)/ruff check nbs hftlab tests

@@ -76,8 +76,8 @@ def test_a_running_component_is_seen_and_acknowledges(folder):
     child = subprocess.Popen([HFTLAB, 'up', '--name', 'watcher'], cwd=folder, stdout=subprocess.PIPE, text=True)
     try:
         assert 'runs release 1' in child.stdout.readline()
-        run('config', 'propose', 'risk.max_leverage=8', cwd=folder)
-        assert run('release', 'promote', '2', '--strict', cwd=folder).returncode == 0
+        run('config', 'propose', 'risk.max_leverage=8', '--why', 'calmer', cwd=folder)
+        assert run('release', 'promote', '2', '--why', 'calmer', '--strict', cwd=folder).returncode == 0
         assert 'runs release 2' in child.stdout.readline()
         assert '"watcher"' in run('release', 'status', '--json', cwd=folder).stdout
     finally:
@@ -134,6 +134,6 @@ def test_bad_databases(folder):
 
 
 def test_an_unknown_release_is_refused_and_json_errors_are_json(folder):
-    one_line(run('release', 'promote', '99', cwd=folder), 1, '99')
-    r = run('release', 'promote', '99', '--json', cwd=folder)
-    assert r.returncode == json.loads(r.stdout)['exit_code'] == 1 and not r.stderr
+    one_line(run('release', 'promote', '99', '--why', 'x', cwd=folder), 2, 'from 1 to 1, was 99')
+    r = run('release', 'promote', '99', '--why', 'x', '--json', cwd=folder)
+    assert r.returncode == json.loads(r.stdout)['exit_code'] == 2 and not r.stderr

@@ -11,30 +11,28 @@ import re
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from importlib.resources import files
 from pathlib import Path
 from threading import Event, Lock, Thread, current_thread, get_ident
 from typing import Any, Self, TypeVar, get_origin
 import msgspec
-from sqlalchemy import JSON, Boolean, Connection, Engine, TableClause, column, create_engine, event, inspect, text
-from sqlalchemy import table as sql_table
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from msgspec.structs import asdict
+import sqlalchemy as sa
+from sqlalchemy import Connection, Engine, event, text
+from sqlalchemy.exc import DBAPIError, TimeoutError as PoolTimeout
 from .errors import Conflict, HftlabError, SettingsError, StoreError
 from .secrets import Address
 
 # %% ../../nbs/00_core/07_store.ipynb #c7e75301
-def _address(url: Address) -> URL:
+def _address(url: Address) -> sa.URL:
     "What SQLAlchemy is to connect to"
-    try: u = make_url(url.reveal())
-    except ArgumentError: raise SettingsError(f'store.url must be a URL, was {url}') from None
+    try: u = sa.make_url(url.reveal())
+    except sa.exc.ArgumentError: raise SettingsError(f'store.url must be a URL, was {url}') from None
     kind = u.get_backend_name()
     if kind == 'postgresql': return u.set(drivername='postgresql+psycopg')
-    if kind != 'sqlite' or (u.database or ':memory:') == ':memory:':
+    if kind != 'sqlite' or (path := u.database or ':memory:') == ':memory:':
         raise SettingsError(f'store.url must be sqlite:///file or postgresql://host/name, was {url}')
-    path = str(u.database)
     return u if path.startswith('file:') else u.set(database=str(Path(path).absolute()))
 
 # %% ../../nbs/00_core/07_store.ipynb #d46f98fd
@@ -122,15 +120,8 @@ class Watch:
     def __exit__(self, *exc: object) -> None: self.close()
 
 # %% ../../nbs/00_core/07_store.ipynb #ffcbc648
-def _open_sqlite(db: sqlite3.Connection, wait_s: float) -> None:
-    until = time.monotonic() + wait_s
-    while True:
-        try:
-            db.execute('PRAGMA journal_mode=WAL')
-            break
-        except sqlite3.OperationalError as e:
-            if e.sqlite_errorname != 'SQLITE_BUSY' or time.monotonic() > until: raise
-            time.sleep(.01)
+def _open_sqlite(db: sqlite3.Connection, record: Any) -> None:
+    with suppress(sqlite3.OperationalError): db.execute('PRAGMA journal_mode=WAL')
     db.execute('PRAGMA synchronous=FULL')
     db.execute('PRAGMA foreign_keys=ON')
 
@@ -141,34 +132,33 @@ def _begin_sqlite(c: Connection) -> None:
 
 _POSTGRES = {'application_name': 'hftlab', 'keepalives_idle': 5, 'keepalives_interval': 2, 'keepalives_count': 3, 'tcp_user_timeout': 10_000}
 
-def _engine(url: URL, wait_s: float) -> Engine:
+def _engine(url: sa.URL, wait_s: float) -> Engine:
     "Connections that behave as promised below"
-    json: Any = dict(json_serializer=lambda v: msgspec.json.encode(v).decode(), json_deserializer=msgspec.json.decode)
+    json: Any = {'json_serializer': lambda v: msgspec.json.encode(v).decode(), 'json_deserializer': msgspec.json.decode}
     if url.get_backend_name() == 'sqlite':
-        e = create_engine(url, pool_timeout=wait_s, connect_args={'timeout': wait_s, 'isolation_level': None}, **json)
-        event.listen(e, 'connect', lambda db, _: _open_sqlite(db, wait_s))
+        e = sa.create_engine(url, pool_timeout=wait_s, connect_args={'timeout': wait_s, 'isolation_level': None}, **json)
+        event.listen(e, 'connect', _open_sqlite)
         event.listen(e, 'begin', _begin_sqlite)
         return e
-    try: e = create_engine(url, pool_timeout=wait_s, pool_pre_ping=True, connect_args=_POSTGRES | {'connect_timeout': max(2, round(wait_s))}, **json)
+    try: e = sa.create_engine(url, pool_timeout=wait_s, pool_pre_ping=True, connect_args=_POSTGRES | {'connect_timeout': max(2, round(wait_s))}, **json)
     except ModuleNotFoundError: raise SettingsError("store.url names a PostgreSQL, which needs its driver: pip install 'hftlab[postgres]'") from None
     event.listen(e, 'connect', lambda db, _: (db.execute(f'set lock_timeout={round(1000*wait_s)}'), db.commit()))
     return e
 
 # %% ../../nbs/00_core/07_store.ipynb #2cebd39d
 def _poll(e: Engine, hint: Callable[..., None], closed: Event, poll_s: float) -> None:
-    db,seen = e.raw_connection(),None
-    try:
+    seen = None
+    with closing(e.raw_connection()) as db:
         while not closed.is_set():
             now = db.cursor().execute('PRAGMA data_version').fetchone()
             if now != seen: hint()
             seen = now
             closed.wait(poll_s)
-    finally: db.close()
 
 def _listen(e: Engine, hint: Callable[..., None], closed: Event, poll_s: float) -> None:
     raw = e.raw_connection()
-    raw.detach()
     db: Any = raw.driver_connection
+    raw.detach()
     with db:
         db.autocommit = True
         db.execute("set application_name='hftlab listens'")
@@ -181,7 +171,7 @@ def _listen(e: Engine, hint: Callable[..., None], closed: Event, poll_s: float) 
 def _migrations() -> Path: return Path(str(files('hftlab.core')))/'migrations'
 
 def _version(c: Connection, url: Address, known: list[str]) -> str|None:
-    at = c.execute(text('select version_num from alembic_version')).scalar() if inspect(c).has_table('alembic_version') else None
+    at = c.execute(text('select version_num from alembic_version')).scalar() if sa.inspect(c).has_table('alembic_version') else None
     if at is None or at in known: return at
     raise StoreError(f'{url} must have a schema up to {known[-1]}, the newest that this hftlab knows, was {at}: update hftlab')
 
@@ -226,7 +216,9 @@ class Store:
     @contextmanager
     def _telling(self) -> Iterator[None]:
         try: yield
-        except (DBAPIError, sqlite3.Error, PoolTimeout) as e: raise _told(e, self.url, self.wait_s) from e
+        except (DBAPIError, sqlite3.Error, PoolTimeout) as e:
+            if (told := _told(e, self.url, self.wait_s)) is e: raise
+            raise told from e
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -245,9 +237,7 @@ class Store:
             yield c
         for channel in hints: self._hint(channel)
 
-    def now_ns(self,
-        c: Connection, # Of a transaction that is open
-    ) -> int: # Since 1970
+    def now_ns(self, c: Connection) -> int: # Since 1970
         "The database's own clock, which all that share it agree on"
         if self.dialect == 'sqlite': return time.time_ns()
         return c.execute(text('select (extract(epoch from clock_timestamp())*1000000)::bigint')).scalar_one()*1000
@@ -293,22 +283,18 @@ class Store:
 
 # %% ../../nbs/00_core/07_store.ipynb #6619c2c1
 Row = TypeVar('Row', bound=msgspec.Struct)
-_COLUMN: dict[Any, Any] = {dict: JSON, list: JSON, bool: Boolean}
+_COLUMN: dict[Any, Any] = {dict: sa.JSON, list: sa.JSON, bool: sa.Boolean}
 
 def table(
     name: str, # As its migration calls it
     kind: type[msgspec.Struct], # Its row; fields that are dicts or lists are kept as JSON
-) -> TableClause:
+) -> sa.TableClause:
     "A table whose columns are the fields of a struct"
-    return sql_table(name, *(column(f.name, _COLUMN.get(get_origin(f.type) or f.type)) for f in msgspec.structs.fields(kind)))
+    return sa.table(name, *(sa.column(f.name, _COLUMN.get(get_origin(f.type) or f.type)) for f in msgspec.structs.fields(kind)))
 
-def add(
-    c: Connection, # Of a `write()`
-    to: TableClause, # Where
-    row: msgspec.Struct, # What
-) -> None:
+def add(c: Connection, to: sa.TableClause, row: msgspec.Struct) -> None:
     "Write one row"
-    c.execute(to.insert().values(**msgspec.structs.asdict(row)))
+    c.execute(to.insert().values(**asdict(msgspec.convert(asdict(row), type(row)))))
 
 def rows(
     c: Connection, # Of an open transaction
