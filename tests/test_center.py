@@ -29,22 +29,24 @@ def center(url):
     with Store(url) as s: yield Center(s)
 
 
-def component(url, name, begin, leave, refuses, beat_s):
+def component(url, name, begin, stay, refuses, beat_s):
     begin.wait()
     def apply(r):
         if r.settings.trading.max_signals == refuses: raise ValueError(f'not {refuses} signals')
-    with Store(url, wait_s=30) as s, Center(s).join(name, apply, beat_s): leave.wait()
+    with Store(url, wait_s=30) as s, Center(s).join(name, apply, beat_s): stay.poll(None)
 
 
 @contextmanager
 def components(url, names, refuses=None, beat_s=3.):
-    begin,leave = many.Barrier(len(names) + 1),many.Event()
-    parts = [many.Process(target=component, args=(url, n, begin, leave, (refuses or {}).get(n), beat_s)) for n in names]
+    begin,pipes = many.Barrier(len(names) + 1, timeout=60),[many.Pipe(duplex=False) for _ in names]
+    parts = [many.Process(target=component, args=(url, n, begin, stay, (refuses or {}).get(n), beat_s)) for n,(stay,_) in zip(names, pipes, strict=True)]
     for p in parts: p.start()
     begin.wait()
     try: yield parts
     finally:
-        leave.set()
+        for stay,leave in pipes:
+            leave.close() # which ends its poll
+            stay.close()
         for p in parts: p.join()
 
 
@@ -141,7 +143,7 @@ def propose_many(url, process, barrier):
 
 
 def test_a_thousand_proposals(url, center):
-    barrier = many.Barrier(4)
+    barrier = many.Barrier(4, timeout=60)
     parts = [many.Process(target=propose_many, args=(url, p, barrier)) for p in range(4)]
     for p in parts: p.start()
     for p in parts: p.join()

@@ -92,7 +92,7 @@ def test_one_door_to_the_compiler_and_none_to_pickle():
 def again(tmp_path_factory):
     "A copy of the house, exported and cleaned once more"
     copy = tmp_path_factory.mktemp('house')
-    for name in ('nbs', 'hftlab', 'pyproject.toml', 'settings.ini', 'README.md', 'Makefile', 'LICENSE'):
+    for name in ('nbs', 'hftlab', 'pyproject.toml', 'settings.ini', 'README.md', 'Makefile', 'LICENSE', 'requirements.lock'):
         source = ROOT/name
         shutil.copytree(source, copy/name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints')) if source.is_dir() else shutil.copy(source, copy/name)
     for command in ('nbdev-export', 'nbdev-clean'): subprocess.run([BIN/command], cwd=copy, check=True, capture_output=True)

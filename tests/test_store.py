@@ -48,7 +48,7 @@ def open_and_bump(url, barrier, times):
 
 
 def test_processes_neither_lose_nor_interleave(store, url):
-    barrier = many.Barrier(6)
+    barrier = many.Barrier(6, timeout=60)
     parts = [many.Process(target=open_and_bump, args=(url, barrier, 20)) for _ in range(6)]
     for p in parts: p.start()
     for p in parts: p.join()

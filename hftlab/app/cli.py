@@ -130,9 +130,15 @@ def config_rollback(here: Here,
     "Write a new version that equals an old one; promote its release to run it"
     with here.center() as c: return c.paper.rollback(version, by, why)._asdict()
 
-def config_status(here: Here) -> Any:
+def _status(here: Here) -> dict:
+    with here.center() as c: s = c.status()
+    seen = [{k: getattr(o, k) for k in ('name', 'host', 'pid', 'state', 'release', 'version', 'ms', 'error')} for o in s.components]
+    return {'release': s.promotion.release, 'version': s.version, 'promotion': s.promotion.number, 'by': s.promotion.by, 'why': s.promotion.why,
+            'running': s.running, 'acknowledged': s.acknowledged, 'rate': s.rate, 'p50_ms': s.p50_ms, 'max_ms': s.max_ms, 'components': seen}
+
+def config_status(here: Here) -> dict:
     "Who runs which settings version"
-    with here.center() as c: return c.status()
+    return _status(here)
 
 # %% ../../nbs/90_app/05_cli.ipynb #3d1979f9
 def release_list(here: Here,
@@ -143,9 +149,9 @@ def release_list(here: Here,
         runs = c.promoted().release
         return [{'runs': '*' if r['number'] == runs else ''} | r for r in _rows(c.paper.releases(n))]
 
-def release_status(here: Here) -> Any:
+def release_status(here: Here) -> dict:
     "Who runs what, how much of it is through, and how long that took"
-    with here.center() as c: return c.status()
+    return _status(here)
 
 def release_promote(here: Here,
     number: int, # Of the release

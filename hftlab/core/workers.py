@@ -160,7 +160,7 @@ class Workers:
         self.idle:list[_Hand] = []
         self.open:dict[Job, tuple[_Hand, Future]] = {}
         self.done:SimpleQueue[tuple[Job, Future]] = SimpleQueue()
-        self.work,self.stillborn = _ByValue(work),0
+        self.work,self.born,self.unborn = _ByValue(work),False,0
 
     def room(self)->bool:
         "Whether one more job would begin at once"
@@ -190,8 +190,10 @@ class Workers:
         hand.served += 1
         if reply.kind in ('value', 'raised'): self.idle.append(hand)
         else: hand.kill()
-        self.stillborn = 0 if hand.pid else self.stillborn + 1
-        if self.stillborn > 2*self.size: raise TaskError(f'a worker must be able to start, {self.stillborn} in a row did not')
+        self.born = self.born or hand.pid is not None
+        self.unborn += not self.born
+        if self.unborn > self.size:
+            raise TaskError(f"a worker must be able to start, {self.unborn} did not; a script needs `if __name__ == '__main__':`")
         return reply
 
     def close(self)->None:
