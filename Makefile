@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+SHELL  := bash
+.SHELLFLAGS := -eo pipefail -c
 READY  := $(VENV)/.ready
 
 .PHONY: help setup demo test lab up nbs readme check bench lock clean
@@ -46,7 +48,7 @@ nbs: $(READY) ## export, run every notebook, save its outputs, write README.md
 readme: $(READY) ## README.md from nbs/index.ipynb
 	@$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --output-dir . --output README nbs/index.ipynb \
 	  --NbConvertApp.output_files_dir=nbs/images --RegexRemovePreprocessor.patterns='^#\| hide'
-	@sed -E 's#\]\(([0-9]{2}_|tutorials/|research/)#](nbs/\1#g; s/[[:space:]]+$$//' README.md | cat -s \
+	@sed -E 's#\]\(([0-9]{2}_|tutorials/|research/|images/)#](nbs/\1#g; s/[[:space:]]+$$//' README.md | cat -s \
 	  | awk '/^```/ {if (!inside && $$0 == "```") $$0 = "```python"; inside = !inside} 1' > README.tmp && mv README.tmp README.md
 
 check: $(READY) ## the quick part of test: lint, types, and a house in order
@@ -57,8 +59,8 @@ check: $(READY) ## the quick part of test: lint, types, and a house in order
 bench: $(READY) ## measure every bar of every part
 	@$(BIN)/hftlab bench grade
 
-lock: ## newest versions that work together, into requirements.lock (needs uv)
-	uv pip compile --universal --python-version 3.11 --all-extras --generate-hashes --upgrade -q --custom-compile-command 'make lock' pyproject.toml -o requirements.lock
+lock: ## versions that work together, into requirements.lock (needs uv; remove the file first for the newest)
+	uv pip compile --universal --python-version 3.11 --all-extras --generate-hashes -q --custom-compile-command 'make lock' pyproject.toml -o requirements.lock
 
 clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -3,19 +3,71 @@
 Modules:
 
 - `hftlab.app.bench`: What is measured, against whom, and whether it holds
+- `hftlab.app.bench_center`: How soon everybody runs what was promoted, and whether anything proposed at the same moment is lost
+- `hftlab.app.bench_compute`: What a task costs, what two cores give, and whether a killed worker loses anything
+- `hftlab.app.bench_journal`: How many records a second are safe, and what that costs the one who writes them
+- `hftlab.app.build`: Where names become objects: the only page that knows every part
 - `hftlab.app.cli`: `hftlab`: a command is a plain function, and its parameter comments are its help
-- `hftlab.app.demo`: The shortest true thing that this package does, in a few seconds, with nothing but itself
+- `hftlab.app.dashboard`: One page that shows what the runner sees, does and earns, and says so within seconds when it is gone
+- `hftlab.app.demo`: The whole chain in a minute: learn, release, trade, search, release again while trading, and prove what happened
+- `hftlab.app.desk`: The commands that do something: trade, replay, explain, train, report, measure
+- `hftlab.app.feed`: What a runner says of itself, heard from outside, and the newest of it kept
+- `hftlab.app.live`: A session with everybody who watches it: recorder, alerts, API, center
+- `hftlab.app.reports`: A question is a notebook with parameters; its answer is a folder that anyone can read, now and in a year
+- `hftlab.app.train`: From a market to a version in the registry: features, labels, an honest split, and a model that had to beat its baselines
 - `hftlab.core.bus`: Everybody may watch, and nobody who watches can hold up an order
+- `hftlab.core.center`: What everybody runs, under one number: promoted, applied, acknowledged
 - `hftlab.core.clock`: Wall time and replayed time behind one face, and ids that repeat in a replay
+- `hftlab.core.compute`: Many tasks, each with its own time and memory limit, on this machine or on a Ray cluster, by the same call
 - `hftlab.core.errors`: One tree, and what the runner does about each branch of it
 - `hftlab.core.events`: Everything that happens, as small frozen records that read back the same from bytes and from JSON
 - `hftlab.core.journal`: Everything that happened and everything that was decided, in order, on the disk, and never in the way of an order
 - `hftlab.core.kernel`: One compiled step, driven twice: research loops over it, live calls it, and both get the same bits
+- `hftlab.core.paper`: Settings are changed on paper first: versions, and the releases that carry them
 - `hftlab.core.secrets`: A key that is printed once is a key that has leaked
 - `hftlab.core.segments`: How the journal lies on the disk, and how a file tells what was never safe from what has been damaged
 - `hftlab.core.settings`: Every knob of the laboratory, typed, on one page
 - `hftlab.core.sources`: settings.ini < release < environment < command line, and every value knows where it came from
+- `hftlab.core.store`: One database by URL: SQLite beside us, PostgreSQL shared, the same behavior from both
+- `hftlab.core.workers`: Processes on this machine that may be limited, killed and replaced
+- `hftlab.data.bars`: Trades to bars, one trade at a time, and never one that is not closed
+- `hftlab.data.book`: The exchange's order book, kept up here from its differences, or known to be lost
+- `hftlab.data.schema`: The columns of everything that is kept in arrays, the rules of an instrument, and one spelling for each symbol
 - `hftlab.data.synth`: A market made to order: the same seed, the same market, anywhere
-- `hftlab.indicators.trend`: Where the price is going, without the noise of how it gets there"""
+- `hftlab.engine.engine`: Events in, decisions out, and nothing else: the one machine that research, paper and money share
+- `hftlab.engine.parity`: A live session, its replay, and one pass over arrays: the same signals to the last bit, or it says where not
+- `hftlab.engine.performance`: What came of it: a few numbers, each of which can be reckoned by hand
+- `hftlab.engine.replay`: What happened, once more: the same events, the same decisions, byte for byte
+- `hftlab.engine.runner`: The rim around the engine: one thread, in which events are written down, decided on and carried out
+- `hftlab.engine.sweep`: Many parameters, one history: what each would have earned after costs, also where nobody had looked
+- `hftlab.engine.vector`: A backtest in one call: the steps that run live, looped over a history, and the money reckoned by vectorbt
+- `hftlab.indicators.features`: What a strategy and a model look at: a row of numbers, one compiled call per event live, one matrix in research
+- `hftlab.indicators.flow`: Who is pressing, the buyers or the sellers: counted at the best prices, quote by quote
+- `hftlab.indicators.momentum`: How one-sided the last moves were, on a scale that is the same for every price
+- `hftlab.indicators.trend`: Where the price is going, without the noise of how it gets there
+- `hftlab.indicators.volatility`: How far the price travels in one bar, gaps included, as an average that is updated and never recomputed
+- `hftlab.models.boost`: Many small trees, each mending what the ones before it got wrong; trained by XGBoost, served without it
+- `hftlab.models.labels`: Would this trade have paid, after costs? One, zero, or: nobody can know yet
+- `hftlab.models.linear`: A straight line through the odds: the model that everything cleverer must beat
+- `hftlab.models.model`: Rows in, probabilities out: the contract that everything keeps that learns, and the naive model that everything must beat
+- `hftlab.models.registry`: A model is a folder with a number, all of it or none of it
+- `hftlab.models.serve`: One row in, one probability out, and not a single answer before the version has proved that it is the one that was registered
+- `hftlab.models.validation`: Judged on days it could not have seen, beside what a simpler model would have said
+- `hftlab.service.alerts`: From a condition to a person: stored always, told once, and never so often that nobody reads them
+- `hftlab.service.api`: How a running system is asked how it is, and how it tells what happens, over HTTP and a websocket
+- `hftlab.service.jobs`: Work that outlives whoever does it: leased, done trial by trial, and never twice
+- `hftlab.service.metrics`: What the runner counts, in the form that Prometheus reads, made only when somebody asks
+- `hftlab.service.sweep`: A kind of job: look for the parameters with the best value, and be able to go on after a kill
+- `hftlab.strategies.ema_ofi`: Go with the trend, but only while those who trade right now go the same way
+- `hftlab.strategies.reversion`: Wait until a move was overdone, and go against it once it has begun to come back
+- `hftlab.strategies.strategy`: One idea as one object: a compiled step with typed parameters, the same in research, replay and live
+- `hftlab.trade.position`: What is held, what it cost, and where the money went: one step for each fill
+- `hftlab.trade.recorder`: What was thought, denied, sent and filled, under the release that decided it, in the store
+- `hftlab.trade.risk`: Who may say no, in which order, and why: the first reason against a trade
+- `hftlab.trade.sizing`: How much: a share of the account as margin, times the leverage, in whole lots, or nothing
+- `hftlab.venues.account`: What an exchange keeps for one trader: who may trade what, what it cost, and what is left
+- `hftlab.venues.matching`: One book, whole numbers, and two rules: the better price first, at one price whoever came first
+- `hftlab.venues.sim`: A whole exchange in this process: a crowd that trades, our orders in the same book, and an account that outlives us
+- `hftlab.venues.venue`: What every place that takes orders promises, and the test that holds it to its word"""
 
 __version__ = "0.1.0"

@@ -155,7 +155,7 @@ class Regime(Section):
 # %% ../../nbs/00_core/02_settings.ipynb #24fd055c
 class Strategy(Section):
     "Who proposes, who disposes"
-    strategy_mode: Literal['ict', 'self_learning', 'hybrid'] = knob('hybrid', 'which strategy trades', plain=True)
+    strategy_mode: str = knob('ema_ofi', 'which strategy trades, by its name in the table of strategies', plain=True, pattern=r'^[a-z]\w*$')
     enable_self_learning: bool = knob(True, 'the self-learner takes part', plain=True)
     self_learning_mode: Literal['end_to_end', 'filter'] = knob('end_to_end', 'learns signals, or only filters them', plain=True)
     structure_vector_dim: int = knob(16, 'size of the market-structure vector', plain=True, ge=2, le=256)

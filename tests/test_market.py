@@ -1,0 +1,50 @@
+"The made market and the book that matches: the crowd's orders alone give its quotes, its trades and its bars, and nothing else moves"
+import numpy as np
+import pytest
+from hftlab.data.bars import bars
+from hftlab.data.schema import QUOTE, TRADE, instrument
+from hftlab.data.synth import make_flow
+from hftlab.core.events import Bar
+from hftlab.venues.matching import RESTING, TRADE as MATCHED, Book
+from hftlab.venues.sim import Sim
+
+MARKETS = [('BTCUSDT', 60_000., 5e-4), ('SOLUSDT', 150., 3e-3), ('XRPUSDT', 2.2, 1e-3)]
+
+
+def told(m, book, flow):
+    "What a book makes of `flow`, in the columns of the market"
+    matches, best = book.run(flow)
+    matches = matches[matches['what'] == MATCHED]
+    best = best[(best['bid_ticks'] > 0) & (best['ask_ticks'] > 0)]
+    quotes, trades, x = np.empty(len(best), QUOTE), np.empty(len(matches), TRADE), m.instrument
+    quotes['ts_ns'], trades['ts_ns'] = flow['ts_ns'][best['row']], flow['ts_ns'][matches['row']]
+    for side in ('bid', 'ask'): quotes[f'{side}_px'], quotes[f'{side}_qty'] = x.px(best[f'{side}_ticks']), x.qty(best[f'{side}_lots'])
+    trades['px'], trades['qty'], trades['side'] = x.px(matches['px_ticks']), x.qty(matches['qty_lots']), matches['side']
+    return quotes, trades
+
+
+@pytest.mark.parametrize('name,px,vol', MARKETS)
+@pytest.mark.parametrize('seed', range(3))
+def test_flow_alone_gives_quotes_and_trades(name, px, vol, seed):
+    m = make_flow(1800, seed, instrument(name), px, vol=vol)
+    quotes, trades = told(m, Book(), m.flow)
+    assert quotes.tobytes() == m.quotes.tobytes()
+    assert trades.tobytes() == m.trades.tobytes()
+
+
+def test_a_saved_book_goes_on():
+    m, book, parts = make_flow(600, 7), Book(), []
+    for flow in np.array_split(m.flow, 11):
+        parts.append(told(m, book, flow))
+        book = Book(np.frombuffer(book.resting().tobytes(), RESTING).copy())
+    quotes, trades = (np.concatenate(p) for p in zip(*parts, strict=True))
+    assert quotes.tobytes() == m.quotes.tobytes() and trades.tobytes() == m.trades.tobytes()
+
+
+def test_bars_of_the_exchange_are_those_of_its_trades():
+    heard, m = [], make_flow(600, 4)
+    sim = Sim(heard.append, 4)
+    sim.advance(sim.now_ns + 600*10**9)
+    live = [(b.open_ns//10**6, b.open, b.high, b.low, b.close, b.volume, b.quote_volume, b.trades, b.taker_buy_volume, b.taker_buy_quote_volume)
+            for b in heard if isinstance(b, Bar)]
+    assert live == bars(m.trades, until_ns=sim.now_ns).tolist() and len(live) == 10
