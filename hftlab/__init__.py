@@ -6,6 +6,7 @@ Modules:
 - `hftlab.app.bench_center`: How soon everybody runs what was promoted, and whether anything proposed at the same moment is lost
 - `hftlab.app.bench_compute`: What a task costs, what two cores give, and whether a killed worker loses anything
 - `hftlab.app.bench_journal`: How many records a second are safe, and what that costs the one who writes them
+- `hftlab.app.bench_live`: From the bytes of a quote to the order that it causes, and from a promotion to the engine that runs it
 - `hftlab.app.build`: Where names become objects: the only page that knows every part
 - `hftlab.app.cli`: `hftlab`: a command is a plain function, and its parameter comments are its help
 - `hftlab.app.dashboard`: One page that shows what the runner sees, does and earns, and says so within seconds when it is gone

@@ -101,10 +101,10 @@ def open_runner(
     session = session or session_name()
     folder = Path(settings.store.journal_dir)/session
     is_new = not folder.is_dir() or next(read_journal(folder), None) is None
-    engine = Engine(instrument(symbol_of(settings)), plan(release), session) if is_new else revive(folder, numbered)
+    engine,lost = (Engine(instrument(symbol_of(settings)), plan(release), session), []) if is_new else revive(folder, numbered)
     make_venue = venue_of(settings, folder, seed, engine.memory.now_ns)
     with Journal(folder) as journal:
-        runner = Runner(make_venue, engine, journal, bus, settings.venue.venue)
+        runner = Runner(make_venue, engine, journal, bus, settings.venue.venue, lost)
         if is_new: runner.backfill(HISTORY_S)
         runner.reconcile()
         with center.join('runner', lambda r: runner.apply(r, plan)): yield runner

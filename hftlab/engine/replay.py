@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 from ..core.clock import iso
 from ..core.errors import DataError
-from ..core.events import Command, Event, decode, encode
+from ..core.events import Command, Decision, Event, decode, encode
 from ..core.journal import latest_snapshot, read_journal
 from ..data.schema import Instrument
 from .engine import Engine, Plan
@@ -59,19 +59,20 @@ def teach(
 def revive(
     folder: Path|str, # Of the session
     plan_of: Callable[[int], Plan],
-) -> Engine: # As it stood after the last record
+) -> tuple[Engine, list[Decision]]: # As it stood after the last event, and what it decided then that was not written down any more
     "The engine of a session, from its newest snapshot and what came after it"
     h,saved = header(folder),latest_snapshot(folder)
-    engine,seq = Engine(h.instrument, plan_of(h.release), h.session),1
+    engine,seq,due = Engine(h.instrument, plan_of(h.release), h.session),1,list[Decision]()
     if saved:
-        seq,release = saved[0],Engine.release_of(saved[1])
-        engine.learn(plan_of(release))
+        seq = saved[0]
+        engine.learn(plan_of(Engine.release_of(saved[1])))
         engine.load(saved[1])
     for _,kind,e in session_events(folder, seq + 1):
-        if kind != IN: continue
-        teach(engine, e, plan_of)
-        engine.on(e)
-    return engine
+        if kind == IN:
+            teach(engine, e, plan_of)
+            due = engine.on(e)
+        else: due = due[1:]
+    return engine,due
 
 # %% ../../nbs/70_engine/04_replay.ipynb #f494136a
 class Replayed(msgspec.Struct, frozen=True):

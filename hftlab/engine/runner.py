@@ -13,14 +13,14 @@ __all__ = ['Tally', 'Runner']
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from threading import Event as Gate
 from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 from ..core.bus import Bus
 from ..core.errors import Broken, TaskError
-from ..core.events import Cancel, Command, Denied, Event, Holding, OrderUpdate, Quote, Submit, encode
+from ..core.events import Cancel, Command, Decision, Denied, Event, Holding, OrderUpdate, Quote, Submit, encode
 from ..core.journal import Journal
 from ..core.paper import Release
 from .engine import Engine, Intent, Plan
@@ -53,12 +53,14 @@ class _Rim:
         journal: Journal,
         bus: Bus|None=None, # For those who watch
         name: str='sim', # Of the venue, for the report
+        lost: Sequence[Decision]=(), # What was decided last, and is not in the journal
     ):
         self.engine,self.journal,self.bus,self.name,self.tally = engine,journal,bus,name,Tally()
         self.venue = make_venue(self.tell)
         if not journal.last:
             h = Header(engine.memory.session, name, engine.instrument, engine.memory.release)
             journal.append(self.venue.now_ns, HEADER, msgspec.json.encode(h))
+        for d in lost: journal.append(d.seen_ns, OUT, encode(d))
 
     def tell(self, event: Event) -> None:
         "Take one event all the way"
