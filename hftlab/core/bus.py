@@ -81,6 +81,7 @@ class Failed(NamedTuple):
     error:str       # What it raised
     in_a_row:int    # How many times since its last success
 
+# %% ../../nbs/00_core/05_bus.ipynb #b785e4e2
 class Subscription:
     "One subscriber: its queue, its thread, its counts"
     def __init__(self, bus:'Bus', topics:frozenset[str], callback:Callable[[str, Any], Any], size:int, name:str):

@@ -162,6 +162,7 @@ def _delivery(s: Status, p: Promotion, late: str) -> Delivery:
     state: Any = 'superseded' if s.promotion.number > p.number else 'partial' if failed else 'complete'
     return Delivery(p.number, p.release, state, s.running, s.acknowledged, failed, s.max_ms)
 
+# %% ../../nbs/00_core/08_center.ipynb #45e977e3
 class Center:
     "What runs, and who runs it"
     def __init__(self,

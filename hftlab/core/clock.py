@@ -11,6 +11,7 @@ __all__ = ['MS', 'SECOND', 'iso', 'from_iso', 'Timers', 'Clock', 'ReplayClock', 
 
 # %% ../../nbs/00_core/03_clock.ipynb #10bba71f
 import asyncio, heapq, re, time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from datetime import datetime, UTC
 from typing import Any
@@ -85,13 +86,13 @@ class Timers:
         return known
 
 # %% ../../nbs/00_core/03_clock.ipynb #1f674923
-class Clock:
+class Clock(ABC):
     "Says the time and calls back; what every part that needs time is handed"
     def __init__(self): self.timers = Timers()
 
+    @abstractmethod
     def now_ns(self)->int:
         "Nanoseconds since 1970, UTC; never less than it said before"
-        raise NotImplementedError
 
     def at(self,
         due_ns:int, # When

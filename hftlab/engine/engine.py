@@ -182,14 +182,8 @@ class _Clerk(_Trader):
         if today != m.day and not isnan(equity := self.equity() if self.holding().qty else m.wallet): m.day,m.day_began_with = today,equity
 
 # %% ../../nbs/70_engine/01_engine.ipynb #5d95fc45
-def _memory(raw: bytes) -> Memory:
-    try: m = msgspec.msgpack.decode(raw, type=Memory)
-    except msgspec.DecodeError as e: raise DataError(f'a saved engine must decode, was {len(raw)} bytes: {e}') from None
-    if m.version != 1: raise DataError(f'a saved engine must be of version 1, was {m.version}')
-    return m
-
-class Engine(_Clerk):
-    "Events in, decisions out"
+class _Machine(_Clerk):
+    "One event after the other"
     def __init__(self,
         instrument: Instrument, # What is traded
         plan: Plan, # What runs at the start
@@ -244,6 +238,15 @@ class Engine(_Clerk):
             self.memory.release = number
         return []
 
+# %% ../../nbs/70_engine/01_engine.ipynb #94efe8bb
+def _memory(raw: bytes) -> Memory:
+    try: m = msgspec.msgpack.decode(raw, type=Memory)
+    except msgspec.DecodeError as e: raise DataError(f'a saved engine must decode, was {len(raw)} bytes: {e}') from None
+    if m.version != 1: raise DataError(f'a saved engine must be of version 1, was {m.version}')
+    return m
+
+class Engine(_Machine):
+    "Events in, decisions out"
     def save(self) -> bytes:
         "All that it knows"
         state = {'features': self.features.state, 'row': self.row, 'strategy': self.strategy.state, 'position': self.position}
