@@ -23,7 +23,7 @@ from ..core.paper import Release
 from ..core.settings import Settings
 from ..data.schema import instrument
 from ..engine.engine import Engine, Plan
-from ..engine.replay import revive
+from ..engine.replay import Revived, revive
 from ..engine.runner import Runner
 from ..indicators.features import FeatureSet, column, trend_flow
 from ..models.serve import serve
@@ -101,10 +101,10 @@ def open_runner(
     session = session or session_name()
     folder = Path(settings.store.journal_dir)/session
     is_new = not folder.is_dir() or next(read_journal(folder), None) is None
-    engine,lost = (Engine(instrument(symbol_of(settings)), plan(release), session), []) if is_new else revive(folder, numbered)
+    engine,lost,again = Revived(Engine(instrument(symbol_of(settings)), plan(release), session), [], []) if is_new else revive(folder, numbered)
     make_venue = venue_of(settings, folder, seed, engine.memory.now_ns)
     with Journal(folder) as journal:
-        runner = Runner(make_venue, engine, journal, bus, settings.venue.venue, lost)
+        runner = Runner(make_venue, engine, journal, bus, settings.venue.venue, lost, again)
         if is_new: runner.backfill(HISTORY_S)
         runner.reconcile()
         with center.join('runner', lambda r: runner.apply(r, plan)): yield runner

@@ -129,6 +129,7 @@ class Joined:
     def close(self) -> None:
         "Leave"
         for w in self._watches: w.close()
+        if not self._row.joined_ns: return # it never came in
         try:
             with self._center.store.write() as c:
                 c.execute(_COMPONENTS.delete().where(_COMPONENTS.c.id == self._row.id))

@@ -79,13 +79,18 @@ class _Mind:
         self.instrument,self.position = instrument,position_init(instrument.lot)
         self._install(plan)
 
-    def _install(self, plan: Plan, before: Plan|None=None) -> None: # All of it, or nothing
+    def _made(self, plan: Plan) -> tuple[Live, np.ndarray, Live, np.ndarray]: # Features, their row, strategy, its answer
+        "What a plan means, tried on copies; whatever raises, raises here"
         names,answer = plan.features.names,np.empty(len(ANSWER))
         thinks = Live(plan.strategy.start(names, self.instrument, plan.params), plan.strategy.step)
         sees,row = Live(plan.features.init(), seen.features_step),plan.features.row()
         for kind in (seen.QUOTE, seen.BAR): sees.copy()(kind, nan, nan, nan, nan, row.copy()) # compiled now, so that no event waits for it
         thinks.copy()(nan, row, plan.model(row) if plan.model else nan, answer)
         position_step(self.position.copy(), 0., nan, 0., nan)
+        return sees,row,thinks,answer
+
+    def _install(self, plan: Plan, before: Plan|None=None) -> None: # All of it, or nothing
+        sees,row,thinks,answer = self._made(plan)
         if before is None or before.features != plan.features: self.features,self.row = sees,row # otherwise what was seen goes on
         self.plan,self.strategy,self.answer = plan,thinks,answer
 
@@ -195,7 +200,8 @@ class _Machine(_Clerk):
             Balance: self._balance, Command: self._command}
 
     def learn(self, plan: Plan) -> None:
-        "Have a plan ready for the command that names it"
+        "Have a plan ready for the command that names it; one that raises is refused here"
+        self._made(plan)
         self.plans[plan.release] = plan
 
     def on(self,

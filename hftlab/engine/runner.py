@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 from ..core.bus import Bus
 from ..core.errors import Broken, TaskError
-from ..core.events import Cancel, Command, Decision, Denied, Event, Holding, OrderUpdate, Quote, Submit, encode
+from ..core.events import Bar, Cancel, Command, Decision, Denied, Event, Holding, OrderUpdate, Quote, Submit, encode
 from ..core.journal import Journal
 from ..core.paper import Release
 from .engine import Engine, Intent, Plan
@@ -54,16 +54,20 @@ class _Rim:
         bus: Bus|None=None, # For those who watch
         name: str='sim', # Of the venue, for the report
         lost: Sequence[Decision]=(), # What was decided last, and is not in the journal
+        again: Sequence[Event]=(), # What those who watch may have missed
     ):
+        self._unheard: list[Event]|None = None
         self.engine,self.journal,self.bus,self.name,self.tally = engine,journal,bus,name,Tally()
         self.venue = make_venue(self.tell)
         if not journal.last:
             h = Header(engine.memory.session, name, engine.instrument, engine.memory.release)
             journal.append(self.venue.now_ns, HEADER, msgspec.json.encode(h))
         for d in lost: journal.append(d.seen_ns, OUT, encode(d))
+        for x in again if bus else (): bus.publish(type(x).__name__.lower(), x) # type: ignore[union-attr]
 
     def tell(self, event: Event) -> None:
         "Take one event all the way"
+        if self._unheard is not None: return self._unheard.append(event)
         began = time.perf_counter_ns()
         self.journal.append(event.seen_ns, IN, encode(event))
         decisions = self._decide(event)
@@ -87,13 +91,16 @@ class _Recovery(_Rim):
     def reconcile(self,
         patience_ns: int=5_000_000_000, # How long an order can be under way: the receive window
     ) -> bool: # Do both agree?
-        "Ask the venue about everything"
+        "Ask the venue about everything, and decide nothing until it has answered"
         v,m = self.venue,self.engine.memory
+        unheard: list[Event] = []
+        self._unheard = unheard
         if m.now_ns: v.advance(v.now_ns + patience_ns)
-        for client_id,i in list(m.orders.items()): self.tell(v.ask(client_id) or self._never_arrived(i))
+        self._unheard = None
         while u := v.ask(f'{m.session}-{m.count + 1}'): self.tell(u)
+        for client_id,i in list(m.orders.items()): self.tell(v.ask(client_id) or self._never_arrived(i))
         for f in v.fills(max(0, m.now_ns - 2*patience_ns - 60_000_000_000)): self.tell(f)
-        for e in v.state(): self.tell(e)
+        for e in [*v.state(), *(e for e in unheard if isinstance(e, Bar))]: self.tell(e)
         return self.agrees()
 
     def backfill(self,
@@ -148,8 +155,10 @@ class _Inbox(_Recovery):
         while self._letters:
             letter = self._letters.popleft()
             try:
+                command = letter.command(self.venue.now_ns)
                 if letter.plan: self.engine.learn(letter.plan)
-                self.tell(letter.command(self.venue.now_ns))
+                if command.kind == 'release' and command.value not in self.engine.plans: raise Broken(f'release {command.value} must come with its plan, came without')
+                self.tell(command)
             except Exception as e: letter.failed.append(e)
             finally: letter.done.set()
 
