@@ -18,6 +18,7 @@ Modules:
 - `hftlab.app.train`: From a market to a version in the registry: features, labels, an honest split, and a model that had to beat its baselines
 - `hftlab.core.bus`: Everybody may watch, and nobody who watches can hold up an order
 - `hftlab.core.center`: What everybody runs, under one number: promoted, applied, acknowledged
+- `hftlab.core.check_store`: What SQLite here and PostgreSQL there both promise, tried on whatever claims to be a store
 - `hftlab.core.clock`: Wall time and replayed time behind one face, and ids that repeat in a replay
 - `hftlab.core.compute`: Many tasks, each with its own time and memory limit, on this machine or on a Ray cluster, by the same call
 - `hftlab.core.errors`: One tree, and what the runner does about each branch of it

@@ -7,6 +7,7 @@ import time
 import psycopg
 import pytest
 from sqlalchemy import make_url, text
+from hftlab.core.check_store import check_store
 from hftlab.core.errors import Conflict, StoreError
 from hftlab.core.store import Store
 
@@ -53,6 +54,10 @@ def test_processes_neither_lose_nor_interleave(store, url):
     for p in parts: p.start()
     for p in parts: p.join()
     assert [p.exitcode for p in parts] == [0]*6 and count(store) == 120
+
+
+def test_what_every_store_promises(url):
+    assert len(check_store(lambda: Store(url))) == 6
 
 
 def test_migrations_from_empty_and_again(url):
