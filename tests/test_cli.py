@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -20,7 +21,7 @@ HFTLAB = Path(sys.executable).parent/'hftlab'
 
 def run(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(('HFTLAB_', 'BINANCE_'))}
-    return subprocess.run([HFTLAB, *words], cwd=cwd, env=clean | env, capture_output=True, text=True, timeout=60)
+    return subprocess.run([HFTLAB, *words], cwd=cwd, env=clean | env, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture
@@ -131,6 +132,15 @@ def test_bad_databases(folder):
     one_line(status(HFTLAB_STORE__URL='postgresql://127.0.0.1:1/x'), 1, 'must be reachable')
     with sqlite3.connect(folder/'hftlab.db') as db: db.execute("update alembic_version set version_num = 'v9999_future'")
     one_line(status(), 1, 'update hftlab')
+
+
+def test_a_study_is_run_from_the_command_line(folder):
+    shutil.copytree(Path(__file__).parent.parent/'nbs/research', folder/'nbs/research')
+    one_line(run('report', 'run', 'nowhere', 'seed=3', cwd=folder), 2, 'nowhere')
+    one_line(run('report', 'run', 'flow_moves_price', 'sede=3', cwd=folder), 2, 'seed')
+    r = run('report', 'run', 'flow_moves_price', 'seed=3', '--json', cwd=folder)
+    assert r.returncode == 0 and json.loads(r.stdout)['parameters']['seed'] == 3, r.stderr
+    assert json.loads(run('report', 'list', '--json', cwd=folder).stdout)[0]['error'] == ''
 
 
 def test_an_unknown_release_is_refused_and_json_errors_are_json(folder):

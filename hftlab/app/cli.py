@@ -207,8 +207,10 @@ def answer(
     args = vars(p.parse_args(argv[len(name.split()):]))
     as_json,path,words = args.pop('json'),args.pop('settings'),tuple(args.pop('set'))
     for inner in ('debug', 'pdb', 'xtra'): args.pop(inner)
-    many = [x for k,o in inspect.signature(fn).parameters.items() if o.kind is o.VAR_POSITIONAL for x in args.pop(k)]
-    return fn(Here(path, words), *many, **args), as_json
+    takes = list(inspect.signature(fn).parameters.values())[1:]
+    many = next((i for i,o in enumerate(takes) if o.kind is o.VAR_POSITIONAL), -1) # what stands before it goes by position, too
+    first = [args.pop(o.name) for o in takes[:many + 1]]
+    return fn(Here(path, words), *first[:-1], *(first[-1] if first else ()), **args), as_json
 
 # %% ../../nbs/90_app/05_cli.ipynb #5cdb18c7
 EXTRAS = {'ray': 'ray', 'psycopg': 'postgres', 'tensorflow': 'deep'} # Packages that a plain install lacks; all others come with `research`
