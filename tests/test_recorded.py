@@ -125,7 +125,7 @@ def test_each_deleted_line_is_noticed_at_the_next(main):
                                          ('usdm_btcusdt_20230404_05', ['usdm_btcusdt_20230404.dat.gz', 'usdm_btcusdt_20230405.dat.gz'])])
 def test_bars_of_recorded_trades(name, files):
     traded = [d for _, d in frames(*files) if d.get('e') == 'trade' and d['X'] == 'MARKET'] # One of 2023 is the insurance fund's
-    rows = np.array([(d['T']*10**6, float(d['p']), float(d['q']), -1 if d['m'] else 1) for d in traded], TRADE)
+    rows = np.array([(d['T']*10**6, 0, float(d['p']), float(d['q']), -1 if d['m'] else 1, d['t']) for d in traded], TRADE)
     must = facts(name)['BTCUSDT']['trades']['minute_bars_by_T']
     ours = bars(rows, until_ns=(must[-1]['open_time'] + 60_000)*10**6)
     assert len(ours) == len(must) > 5

@@ -32,7 +32,7 @@ def _replay(m:Market)->tuple[np.ndarray,np.ndarray]:
             px = (min if side > 0 else max)(book[-side])
             first = book[-side][px][0]
             part = min(qty, first[1])
-            trades.append((ts, x.px(px), x.qty(part), side))
+            trades.append((ts, ts, x.px(px), x.qty(part), side, len(trades) + 1))
             first[1],qty = first[1] - part,qty - part
             book[-side][px] = [o for o in book[-side][px] if o[1]]
             if not book[-side][px]: del book[-side][px]
@@ -40,7 +40,7 @@ def _replay(m:Market)->tuple[np.ndarray,np.ndarray]:
         if not book[1] or not book[-1]: continue
         bid,ask = max(book[1]),min(book[-1])
         row = [f(k) for s,px in ((1, bid), (-1, ask)) for f,k in ((x.px, px), (x.qty, sum(o[1] for o in book[s][px])))]
-        if not quotes or list(quotes[-1][1:])!=row: quotes.append((ts, *row))
+        if not quotes or list(quotes[-1][2:6])!=row: quotes.append((ts, ts, *row, len(quotes) + 1))
     return np.array(quotes, QUOTE),np.array(trades, TRADE)
 
 def flow()-> Bar:

@@ -8,7 +8,7 @@ A number that decides about money must have one home, one type, one range and on
 
 # %% auto #0
 __all__ = ['TimeFrame', 'knob', 'Section', 'in_order', 'Venue', 'Trading', 'Allowance', 'Risk', 'Trend', 'Regime', 'Strategy',
-           'Modules', 'Macd', 'Bollinger', 'Indicators', 'Zones', 'Breakers', 'Stream', 'Cache', 'Compute',
+           'Modules', 'Macd', 'Bollinger', 'Indicators', 'Zones', 'Breakers', 'Stream', 'Cache', 'Archive', 'Compute',
            'Performance', 'Models', 'Execution', 'Keep', 'Optimize', 'Health', 'Alerts', 'Dashboard', 'Settings']
 
 # %% ../../nbs/00_core/02_settings.ipynb #1c87aa04
@@ -245,6 +245,8 @@ class Stream(Section):
     write_limit: int = knob(65_536, 'write buffer', 'bytes', ge=1024)
     backoff_max: float = knob(300., 'longest pause between attempts: 1, 2, 4 … up to this', 's', ge=1)
     long_delay: float = knob(60., 'pause after 5 failures in a row', 's', ge=0)
+    streams_per_connection: int = knob(200, 'streams on one connection; the venue takes 1024', ge=1, le=1024)
+    messages_per_second: int = knob(5, 'control messages we send on one connection; the venue cuts at 10', ge=1, le=10)
     silence_depth: float = knob(5., 'a depth stream silent for so long is dead, whatever the pong says', 's', gt=0)
     silence_trade: float = knob(60., 'the same for trades', 's', gt=0)
     silence_mark: float = knob(10., 'the same for mark prices', 's', gt=0)
@@ -259,6 +261,14 @@ class Cache(Section):
     history: float = knob(86_400., 'history', 's', ge=0)
     ticker: float = knob(5., 'tickers', 's', ge=0)
     indicators: float = knob(300., 'indicators', 's', ge=0)
+
+class Archive(Section):
+    "The exchange's public archive of market history"
+    base_url: str = knob('https://data.binance.vision', 'where it is', pattern=r'^https?://\S+$')
+    workers: int = knob(8, 'files downloaded at once', ge=1, le=64)
+    attempts: int = knob(4, 'how often one file is tried', ge=1)
+    timeout_s: float = knob(30., 'a download that says nothing for so long is cut', 's', gt=0)
+    max_unpacked_mb: int = knob(16_384, 'a file that unpacks to more is refused', 'MB', ge=1)
 
 # %% ../../nbs/00_core/02_settings.ipynb #5351e7f1
 class Compute(Section):
@@ -353,6 +363,7 @@ class Settings(Section):
     compute: Compute = Compute()
     performance: Performance = Performance()
     cache: Cache = Cache()
+    archive: Archive = Archive()
     stream: Stream = Stream()
     health: Health = Health()
     models: Models = Models()

@@ -63,11 +63,11 @@ def make_ticks(
     n = count.poisson(rate*activity(minute, mood))
     side = _sides(n.sum(), who, .65)
     mid = px/tick*np.exp(np.cumsum(vol/np.sqrt(rate)*_returns(side, news, .65, .95)))
-    out = np.empty(len(side), TRADE)
+    out = np.zeros(len(side), TRADE)
     out['ts_ns'] = np.sort(np.repeat(minute, n)*60_000 + when.integers(0, 60_000, len(side)))*1_000_000
     out['px'] = np.round(np.maximum(np.floor(mid + .5*(1 + side)), 1)*tick, 10)
     out['qty'] = np.round(np.ceil(size.lognormal(0, 1, len(side))*.02/lot)*lot, 10)
-    out['side'] = side
+    out['seen_ns'],out['side'],out['trade_id'] = out['ts_ns'],side,np.arange(1, len(side) + 1)
     return out
 
 # %% ../../nbs/10_data/02_synth.ipynb #1dcd379b
@@ -256,6 +256,8 @@ def make_flow(
     step = vol*ticks/np.sqrt(60*rate*crowd.takes/2) # Of two orders one is put in, so many take, the rest is taken out
     flow,quotes,trades = tapes = _tapes(seconds, seed, 2*ticks, rate, step, start_ns, crowd)
     for tape in tapes: tape['ts_ns'] += start_ns
+    for tape,name in ((quotes, 'update_id'), (trades, 'trade_id')):
+        tape['seen_ns'],tape[name] = tape['ts_ns'],np.arange(1, len(tape) + 1)
     for column in ('bid_px', 'ask_px'): quotes[column] = instrument.px(quotes[column])
     for column in ('bid_qty', 'ask_qty'): quotes[column] = instrument.qty(quotes[column])
     trades['px'],trades['qty'] = instrument.px(trades['px']),instrument.qty(trades['qty'])
