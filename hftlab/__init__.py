@@ -3,10 +3,17 @@
 Modules:
 
 - `hftlab.app.bench`: What is measured, against whom, and whether it holds
+- `hftlab.app.bench_archive`: What every row of history passes once
+- `hftlab.app.bench_bars`: Trades of hundreds of symbols to bars of several time frames, and to bars of equal size
+- `hftlab.app.bench_capture`: What a burst costs, and whether anything of it is lost
+- `hftlab.app.bench_catalog`: How fast a month of bars of every symbol comes back
 - `hftlab.app.bench_center`: How soon everybody runs what was promoted, and whether anything proposed at the same moment is lost
+- `hftlab.app.bench_chaos`: A network that is cut, goes silent, stammers and comes back, and a feed that is complete nevertheless
+- `hftlab.app.bench_clean`: How fast rows are looked through
 - `hftlab.app.bench_compute`: What a task costs, what two cores give, and whether a killed worker loses anything
 - `hftlab.app.bench_journal`: How many records a second are safe, and what that costs the one who writes them
 - `hftlab.app.bench_live`: From the bytes of a quote to the order that it causes, and from a promotion to the engine that runs it
+- `hftlab.app.bench_wire`: What a frame costs: bytes to an event, a message to bytes, and what the rules have against an order
 - `hftlab.app.build`: Where names become objects: the only page that knows every part
 - `hftlab.app.cli`: `hftlab`: a command is a plain function, and its parameter comments are its help
 - `hftlab.app.dashboard`: One page that shows what the runner sees, does and earns, and says so within seconds when it is gone
@@ -14,6 +21,7 @@ Modules:
 - `hftlab.app.desk`: The commands that do something: trade, replay, explain, train, report, measure
 - `hftlab.app.feed`: What a runner says of itself, heard from outside, and the newest of it kept
 - `hftlab.app.live`: A session with everybody who watches it: recorder, alerts, API, center
+- `hftlab.app.market`: `hftlab data …`: download, import, look through, list, ask, record, play back
 - `hftlab.app.reports`: A question is a notebook with parameters; its answer is a folder that anyone can read, now and in a year
 - `hftlab.app.train`: From a market to a version in the registry: features, labels, an honest split, and a model that had to beat its baselines
 - `hftlab.core.bus`: Everybody may watch, and nobody who watches can hold up an order
@@ -32,10 +40,56 @@ Modules:
 - `hftlab.core.sources`: settings.ini < release < environment < command line, and every value knows where it came from
 - `hftlab.core.store`: One database by URL: SQLite beside us, PostgreSQL shared, the same behavior from both
 - `hftlab.core.workers`: Processes on this machine that may be limited, killed and replaced
+- `hftlab.data.answers`: Our money as the exchange tells it when asked, and which question has which answer
+- `hftlab.data.archive`: Years of market history for hundreds of symbols, fetched once, checked, and gone on with after any interruption
+- `hftlab.data.asked`: How a question is read by the exchange, or by whoever plays it
 - `hftlab.data.bars`: Trades to bars, one trade at a time, and never one that is not closed
 - `hftlab.data.book`: The exchange's order book, kept up here from its differences, or known to be lost
+- `hftlab.data.capture`: Write down what the exchange says, byte for byte, and let it say it again
+- `hftlab.data.catalog`: Years of rows for hundreds of symbols, asked for by name and time; a gap is never handed over unasked
+- `hftlab.data.clean`: What is wrong with rows, what was mended, and what had to be set aside
+- `hftlab.data.client`: Questions to the exchange, none more than it allows, and every answer either rows or a named error
+- `hftlab.data.codes`: Every way in which the exchange says no, and what is to be done about it
+- `hftlab.data.compare`: Two sources of the same bars, and where they tell two stories
+- `hftlab.data.convert`: A recording of frames as the rows that are kept
+- `hftlab.data.defects`: What can be wrong with rows of market data: each a rule with a name, a place and a remedy
+- `hftlab.data.feed`: Events, complete and each once, and books that are right or say that they are not
+- `hftlab.data.files`: What should be there, by the calendar, before anybody asks
+- `hftlab.data.forms`: The messages that matter for speed, each as it is written, and a compiled reader that knows no others
+- `hftlab.data.gaps`: Where rows are missing, and a mask that goes wherever they go
+- `hftlab.data.imports`: Files from elsewhere, recognized by what is in them, and put into the catalog under names that mean the same
+- `hftlab.data.latency`: How late a recording heard of things, and how much came at once
+- `hftlab.data.limits`: What may be asked of the exchange now, what has to wait, and what is let through whatever happens
+- `hftlab.data.lines`: What each stream has said, what it said twice, and what it should have said and did not
+- `hftlab.data.loopback`: A made market, told over real sockets on this machine, by an exchange that fails when it is told to
+- `hftlab.data.marks`: The mark price and the funding of a made symbol, by the exchange's own formulas
+- `hftlab.data.messages`: What the public streams say, each message written down once, for those who reckon and for those who must not lose a zero
+- `hftlab.data.outliers`: Prices that cannot have been, clocks that are wrong, and how not to call a crash a mistake
+- `hftlab.data.parts`: Files of rows that are whole or not there, never change, and say in their names what they hold
+- `hftlab.data.patterns`: Swings, breaks, sweeps, gaps and order blocks, planted where we know them: nothing missing, nothing else
+- `hftlab.data.placed`: An order as it is described where it is placed, changed, canceled, asked for and listed
+- `hftlab.data.playback`: A recording as a websocket server, so that any client can be shown what once was
+- `hftlab.data.private`: What the exchange tells about our orders, our money and our positions, and the events that it makes
+- `hftlab.data.public`: What the exchange answers about the market, and the rows that it makes
+- `hftlab.data.quarantine`: Stretches of time that are not to be trusted lie apart, and are missing until somebody lifts them
+- `hftlab.data.queues`: A book in which orders stand in line: putting in, taking out and matching cost the same however full it is
+- `hftlab.data.recordings`: Every frame that was ever received, with the time it came, whatever file it lies in
+- `hftlab.data.report`: One page about what was found: a sentence, pictures, and a table that can be checked
+- `hftlab.data.requests`: What is asked of the exchange, over HTTP or a socket, and what each question costs
+- `hftlab.data.rules`: Whether the exchange takes a price and a quantity, in its own words, before it is asked
+- `hftlab.data.scan`: From the bytes of a frame to the book, without an object in between
 - `hftlab.data.schema`: The columns of everything that is kept in arrays, the rules of an instrument, and one spelling for each symbol
+- `hftlab.data.shelves`: Many parts make one history: rows are kept once, and parts that overlap are read as if they were one
+- `hftlab.data.signing`: Three kinds of keys, one text that they sign, and the same check on the other side
+- `hftlab.data.sized`: Bars that close when enough has happened, not when enough time has passed
+- `hftlab.data.sockets`: One websocket, from its opening to its end, and the reason of its end
+- `hftlab.data.streams`: Connections that are always there: opened, watched, renewed, and opened again
+- `hftlab.data.survey`: Everything in the catalog, looked through day by day, and one picture of it
 - `hftlab.data.synth`: A market made to order: the same seed, the same market, anywhere
+- `hftlab.data.tables`: The exchange's own files as rows, whatever year they are from, and nothing out of a file that is not what it should be
+- `hftlab.data.weather`: What befalls all symbols at once: regimes, jumps and outages, each with the truth about it
+- `hftlab.data.wire`: From the bytes of a connection to events, and back, without a connection
+- `hftlab.data.world`: Any number of symbols in one made market: what moves them all, what moves each, and the truth about both
 - `hftlab.engine.engine`: Events in, decisions out, and nothing else: the one machine that research, paper and money share
 - `hftlab.engine.parity`: A live session, its replay, and one pass over arrays: the same signals to the last bit, or it says where not
 - `hftlab.engine.performance`: What came of it: a few numbers, each of which can be reckoned by hand

@@ -26,6 +26,7 @@ import msgspec
 from fastcore.script import anno_parser
 import hftlab
 from .desk import DESK, ME, Here
+from .market import MARKET
 from ..core.clock import iso
 from ..core.errors import HftlabError, SettingsError
 from ..core.sources import build, flat, from_words, ini, ini_text, knobs
@@ -170,7 +171,7 @@ def as_json(answer: Any) -> str:
 
 # %% ../../nbs/90_app/05_cli.ipynb #2e3b8280
 COMMANDS: Mapping[str, Callable] = {f.__name__.replace('_', ' '): f for f in (
-    *DESK, config_show, config_check, config_init, config_propose, config_history, config_diff, config_rollback, config_status,
+    *DESK, *MARKET, config_show, config_check, config_init, config_propose, config_history, config_diff, config_rollback, config_status,
     release_list, release_status, release_promote, release_rollback)}
 
 def _overview(group: str='') -> str:

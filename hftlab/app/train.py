@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 from ..core.settings import Settings
 from ..data.bars import bars
+from ..data.gaps import whole
 from ..data.schema import instrument
 from ..data.synth import make_flow
 from ..indicators.features import FeatureSet, features, mids, observations
@@ -40,7 +41,7 @@ def samples(
 ) -> Samples:
     "Rows and labels of a made market, one a second"
     m = make_flow(hours*3600, seed, instrument())
-    ts_ns,seen = observations(m.quotes, bars(m.trades))
+    ts_ns,seen = observations(m.quotes, bars(whole(m.trades, kind='trades')))
     X,mid = features(seen, wanted),mids(seen)
     second = ts_ns//10**9
     at = np.flatnonzero(np.diff(second, append=second[-1] + 1)) # the last row of each second

@@ -312,7 +312,9 @@ class Keep(Section):
     "Where things are kept; never part of a release"
     url: Address = knob(Address('sqlite:///hftlab.db'), 'sqlite:///file or postgresql://host/name; a password only by environment')
     journal_dir: str = knob('journal', 'all that entered the engine and all that it decided', min_length=1)
-    catalog_dir: str = knob('data', 'market history', min_length=1)
+    catalog_dir: str = knob('data', 'market history; a folder or s3://bucket/prefix', min_length=1)
+    capture_dir: str = knob('captures', 'raw recordings of streams', min_length=1)
+    cache_dir: str = knob('.cache', 'what can be fetched again', min_length=1)
     reports_dir: str = knob('reports', 'executed studies', min_length=1)
 
 class Optimize(Section):

@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 from ..core.errors import DataError, SettingsError
 from ..data.bars import bars
+from ..data.gaps import whole
 from ..data.synth import make_flow
 from .performance import MINUTE_NS, YEAR_NS, Moments, deflated, equity_of, moments, returns, sharpe, trades_of
 from .vector import Terms, View, answers, fills, orders, view
@@ -98,7 +99,7 @@ def objective(
 ) -> Sweep: # Call it with parameters
     "Make the market of a question and look at it once"
     m = make_flow(q.hours*3600, q.seed)
-    ts_ns,observed = observations(m.quotes, bars(m.trades))
+    ts_ns,observed = observations(m.quotes, bars(whole(m.trades, kind='trades')))
     v = view(observed, ts_ns, q.features, instrument=m.instrument)
     return Sweep(v, strategy(q.strategy), q.tuned, q.slices, q.least_trades, q.terms)
 
