@@ -13,6 +13,8 @@ Modules:
 - `hftlab.app.bench_compute`: What a task costs, what two cores give, and whether a killed worker loses anything
 - `hftlab.app.bench_journal`: How many records a second are safe, and what that costs the one who writes them
 - `hftlab.app.bench_live`: From the bytes of a quote to the order that it causes, and from a promotion to the engine that runs it
+- `hftlab.app.bench_scan`: A frame, a book, a recording, a catalog: one by one and all at once
+- `hftlab.app.bench_synth`: How fast a market is made, and whether it is like a real one
 - `hftlab.app.bench_wire`: What a frame costs: bytes to an event, a message to bytes, and what the rules have against an order
 - `hftlab.app.build`: Where names become objects: the only page that knows every part
 - `hftlab.app.cli`: `hftlab`: a command is a plain function, and its parameter comments are its help
@@ -58,6 +60,7 @@ Modules:
 - `hftlab.data.forms`: The messages that matter for speed, each as it is written, and a compiled reader that knows no others
 - `hftlab.data.gaps`: Where rows are missing, and a mask that goes wherever they go
 - `hftlab.data.imports`: Files from elsewhere, recognized by what is in them, and put into the catalog under names that mean the same
+- `hftlab.data.ladder`: Bids and asks in one flat array: any price is found at once, and so is the best
 - `hftlab.data.latency`: How late a recording heard of things, and how much came at once
 - `hftlab.data.limits`: What may be asked of the exchange now, what has to wait, and what is let through whatever happens
 - `hftlab.data.lines`: What each stream has said, what it said twice, and what it should have said and did not

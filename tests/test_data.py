@@ -89,6 +89,13 @@ def test_what_was_recorded_can_be_played_measured_and_imported(here, exchange):
     assert found['rows'] == sum(c['rows'] for c in came.values()) and {f['rule'] for f in found['findings'] if f['severity'] == 'bad'} == {'stray'}
 
 
+def test_a_made_market_is_there_at_once_and_only_once(here):
+    made = here('data', 'make', '--symbols', '3', '--days', '0.5', '--seed', '4')
+    assert [(m['symbol'], m['bars'], m['duplicates']) for m in made] == [(s, 720, 0) for s in ('BTCUSDT', 'ETHUSDT', 'SOLUSDT')]
+    assert all(m['bars'] == 0 < m['duplicates'] for m in here('data', 'make', '--symbols', '3', '--days', '0.5', '--seed', '4'))
+    assert {f['severity'] for f in here('data', 'check')['findings']} <= {'note'}
+
+
 @pytest.mark.skipif(not DATA.exists(), reason='needs the real data')
 def test_real_files_of_every_form(here):
     came = here('data', 'import', *map(str, [*sorted((DATA/'klines/official').glob('futures*.zip')), *sorted((DATA/'trades').glob('*.zip')),

@@ -13,7 +13,7 @@ from hftlab.core.errors import HftlabError
 from hftlab.core.kernel import kernel
 from hftlab.data.forms import QUOTED, SCAN_SEEN, SCAN_WORD, scan_event, scan_init, scan_read
 from hftlab.data.scan import Scan
-from hftlab.data.schema import instrument
+from hftlab.data.schema import Instrument, instrument
 from hftlab.data.wire import decode
 
 FRAMES = [
@@ -113,6 +113,29 @@ def watch(least: int, seconds: float) -> int:
 
 @kernel
 def _beyond(b, i): return b[i]
+
+
+@pytest.mark.parametrize('x', [instrument(), Instrument('BTCUSDT', 2.5, .02, .02, 0., 0., 0.)], ids=['decimal grid', 'odd grid'])
+def test_the_book_is_the_same_by_both_ways(x):
+    "Differences with odd numbers of all kinds, put into a book by compiled code and by the general decoder: same levels, or same error"
+    rng, outcomes = np.random.default_rng(5), set()
+    odd = ['0', '0.0', '61800', '61800.5', '61800.50', '61800.123', '61800.1234567', '7', '1e3', '-1', '01', '1.', '99999999999', '900000000000.5', '12345678.12', '61800.02', '']
+    for _ in range(3000):
+        bids, asks = ([f'["{rng.choice(odd)}","{rng.choice(odd)}"]' for _ in range(rng.integers(0, 3))] for _ in range(2))
+        asks = [a.replace('"61', '"62') for a in asks]
+        many = ','.join(f'["{60_000 + 5*i}.00","1.00"]' for i in range(rng.integers(0, 4)*20))
+        levels = f'"b":[{",".join(bids + [many]*bool(many))}],"a":[{",".join(asks)}]'
+        frame = f'{{"e":"depthUpdate","E":1,"T":1,"s":"BTCUSDT","U":5,"u":6,"pu":{rng.choice([4, 4, 4, 3])},{levels}}}'.encode()
+        ways = []
+        for through in ('step', 'general'):
+            scan = Scan(x)
+            scan.on(b'{"lastUpdateId":4,"bids":[["60000","0.02"]],"asks":[["63000","0.02"]]}', 0)
+            try: scan.on(frame, 0) if through == 'step' else scan.general(0, frame, 0)
+            except HftlabError as e: ways.append((str(e), scan.book.valid, len(scan.book)))
+            else: ways.append((scan.book.levels(1000), scan.book.best(), scan.book.checksum(), scan.book.last_id))
+        assert ways[0] == ways[1], frame
+        outcomes.add(len(ways[0]))
+    assert outcomes == {3, 4}
 
 
 def test_a_stream_of_rubbish_breaks_nothing_but_the_book():

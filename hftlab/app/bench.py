@@ -96,7 +96,8 @@ class Report(msgspec.Struct, frozen=True):
         return '\n'.join([f'{self.part} at {self.commit} on {self.machine}'] + ['  '.join(c.ljust(w) for c,w in zip(r, wide, strict=True)).rstrip() for r in rows])
 
 # %% ../../nbs/90_app/04_bench.ipynb #f6fb0ee0
-_MODULES = {'core': ('flow', 'journal', 'center', 'compute'), 'data': ('data',), 'exchange': ('exchange',), 'indicators': ('indicators',), 'models': ('models',),
+_MODULES = {'core': ('flow', 'journal', 'center', 'compute'),
+            'data': ('scan', 'wire', 'capture', 'chaos', 'data', 'bars', 'catalog', 'archive', 'clean', 'synth'), 'exchange': ('exchange',), 'indicators': ('indicators',), 'models': ('models',),
             'live': ('live',), 'research': ('research',), 'service': ('service',)}
 PARTS = {part: tuple(f'hftlab.app.bench_{m}' for m in found) for part,found in _MODULES.items()}
 

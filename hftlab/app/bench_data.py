@@ -15,7 +15,7 @@ from .bench import Bar, bar
 from ..core.events import Depth, Snapshot
 from ..data.bars import bars
 from ..data.book import Book
-from ..data.schema import ADD, CANCEL, QUOTE, TAKE, TRADE
+from ..data.schema import ADD, CANCEL, QUOTE, TAKE, TRADE, instrument
 from ..data.synth import Market, make_flow, make_ticks
 
 # %% ../../nbs/90_app/04h_bench_data.ipynb #7342e2d4
@@ -64,7 +64,7 @@ def _messages(n:int, levels:int)->list:
     return [start] + [Depth(0, 0, 'BTCUSDT', i, i, i - 1, *((change(-1, i), ()) if i % 2 else ((), change(1, i)))) for i in range(1, n)]
 
 def _ours(messages):
-    book = Book('BTCUSDT')
+    book = Book(instrument('BTCUSDT'))
     return [book.on(e) and book.best() for e in messages]
 
 def _plain(messages):

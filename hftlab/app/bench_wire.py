@@ -11,6 +11,7 @@ __all__ = ['BARS', 'quote_read', 'trade_read', 'depth_read', 'depth_written', 'r
 # %% ../../nbs/90_app/04p_bench_wire.ipynb #54420d2f
 import json
 from decimal import Decimal
+from functools import partial
 from typing import Any
 from .bench import Bar, bar, ns
 from ..core.events import Depth, Quote, Trade
@@ -40,7 +41,7 @@ def _by_hand(frame:bytes, seen_ns:int)->Any:
 def _read(kind:str, must_us:float, n:int)->Bar:
     frame = _FRAMES[kind].encode()
     assert decode(frame, 7)==_by_hand(frame, 7), 'both must give the same event'
-    ours,theirs = (ns(lambda f=f: f(frame, 7), n)/1e3 for f in (decode, _by_hand))
+    ours,theirs = (ns(partial(f, frame, 7), n)/1e3 for f in (decode, _by_hand))
     return bar(name=f'{kind} read, any kind of frame', unit='µs', value=round(ours, 2), bar=must_us, better='lower', peer='json.loads and float()',
         peer_value=round(theirs, 2), how=f'{len(frame):,} bytes to an event, types checked; best of 7')
 

@@ -140,7 +140,7 @@ class Client:
 
     async def _keep_time(self)->None:
         while self._measure_s:
-            with suppress(VenueError): await self.door.measure()
+            with suppress(VenueError, DataError): await self.door.measure()
             await asyncio.sleep(self._measure_s)
 
     async def raw(self,

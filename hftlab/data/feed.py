@@ -12,12 +12,13 @@ __all__ = ['How', 'late_events', 'Feed', 'FeedState', 'feed_state']
 # %% ../../nbs/10_data/09e_feed.ipynb #fd597518
 import asyncio
 from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any, Literal, Self
 import msgspec
 import numpy as np
 from ..core.clock import MS
-from ..core.errors import DataError, OutOfStep, VenueError
+from ..core.errors import DataError, OutOfStep, Refused, VenueError
 from ..core.events import Bar, Depth, Event, Snapshot, Trade
 from ..core.settings import Stream
 from .answers import answer
@@ -49,8 +50,10 @@ def _warm(book:Book)->Book: # Compiled before its stream speaks: the first time 
     book.lose()
     return book
 
+# %% ../../nbs/10_data/09e_feed.ipynb #54defac1
 How = Literal['open', 'filled', 'lost']
-_SETTLE_S,_RETRY_S,_AT_ONCE = .3,.5,4 # Before the first question, between two, and questions at a time
+_SETTLE_S,_RETRY_S,_ANSWER_S = .3,.5,4. # Before the first question, between two, and until an answer is not waited for any longer
+_AT_ONCE,_TRIES = 4,20 # Questions at a time, and those that may find nothing new
 
 class Feed:
     "Events of streams, complete and each once"
@@ -69,24 +72,26 @@ class Feed:
         self.on_event,self.on_gap,self.on_frame,self.on_late,self.on_link = on_event,on_gap,on_frame,on_late or on_event,on_link
         self.streams = Streams(client.door.at.ws, s, partial(_read, self), self._gap, self._link, client.door.now)
         self.books,self.open,self.counts = dict[str, Book](),dict[str, Gap](),{'open': 0, 'filled': 0, 'lost': 0}
+        self.missing = dict[str, list[Gap]]() # By stream, what is being asked for
         self._asking,self._few,self._work = set[str](),asyncio.Semaphore(_AT_ONCE),set[asyncio.Task[None]]()
-        self._good = dict[str, tuple[int, int]]() # Of each book, its last id and when that was
+        self._stack,self._good = AsyncExitStack(),dict[str, tuple[int, int]]() # Of each book, its last id and when that was
 
     async def __aenter__(self)->Self:
-        self._tasks = await asyncio.TaskGroup().__aenter__()
-        await self.streams.__aenter__()
+        self._tasks = await self._stack.enter_async_context(asyncio.TaskGroup())
+        await self._stack.enter_async_context(self.streams)
         return self
 
     async def __aexit__(self, *error:Any)->None:
         for task in self._work: task.cancel()
-        await self.streams.__aexit__(*error)
-        await self._tasks.__aexit__(*error)
+        await self._stack.__aexit__(*error)
 
     def want(self, *names:str)->None:
         "Have these streams as well"
         for n in names:
             x = self.instruments.get(symbol_of(n))
-            if kind_of(n).kind=='depth' and x and x.symbol not in self.books: self.books[x.symbol] = _warm(Book(x))
+            if n in self.streams.lines or kind_of(n).kind!='depth' or not x: continue
+            if x.symbol in self.books: raise ValueError(f'a book must be kept from one stream, {x.symbol} has another than {n}')
+            self.books[x.symbol] = _warm(Book(x))
         self.streams.want(*names)
 
     def is_up(self, name:str)->bool:
@@ -105,9 +110,10 @@ class Feed:
 
     def _gap(self, gap:Gap)->None:
         if gap.kind=='depth' and gap.symbol in self.books: return # The book will say
-        can = gap.kind in ('agg_trades', 'bars')
-        self.tell(gap, 'open' if can else 'lost')
-        if can: self.do(_fill(self, gap))
+        if gap.kind not in ('agg_trades', 'bars'): return self.tell(gap, 'lost')
+        self.tell(gap, 'open')
+        self.missing.setdefault(gap.stream, []).append(gap)
+        if len(self.missing[gap.stream])==1: self.do(_fill(self, gap.stream))
 
     def _link(self, link:Link, told:Told, why:str)->None:
         if told=='up': self.client.door.breaker.hint(self.client.door.now())
@@ -129,36 +135,53 @@ def _unread(feed:Feed, frame:bytes, why:DataError)->None:
     if (line := feed.streams.lines.get(name)) and (gap := line.unread(frame)): feed._gap(gap)
 
 # %% ../../nbs/10_data/09e_feed.ipynb #e9046093
-def _holes(feed:Feed, gap:Gap)->list[tuple[int, int]]:
+def _is_open(feed:Feed, gap:Gap)->bool:
     line = feed.streams.lines.get(gap.stream)
-    return [(max(a, gap.first), min(b, gap.last)) for a,b in (line.sequence.holes if line else ()) if a <= gap.last and b >= gap.first]
+    return any(a <= gap.last and b >= gap.first for a,b in (line.sequence.holes if line else ()))
 
-async def _rows(feed:Feed, gap:Gap, hole:tuple[int, int])->np.ndarray: # One more than is missing, where there is one
-    first,last = hole
+async def _rows(feed:Feed, gap:Gap, first:int, last:int)->np.ndarray: # One more than is missing, where there is one
     n = (last - first)//gap.step + 2
-    if gap.kind=='agg_trades': return await agg_trades(feed.client, gap.symbol, first, limit=min(n, 1000))
-    return await klines(feed.client, gap.symbol, gap.frame, first*MS, (last + 2*gap.step)*MS, min(n, 1500), kept_s=0)
+    if gap.kind=='agg_trades': return await agg_trades(feed.client, gap.symbol, first, limit=n)
+    return await klines(feed.client, gap.symbol, gap.frame, first*MS, (last + 2*gap.step)*MS, n, kept_s=0)
 
-async def _fill(feed:Feed, gap:Gap)->None:
-    how:How = 'filled'
-    await asyncio.sleep(_SETTLE_S)
-    while holes := _holes(feed, gap):
-        new,first,last = 0,*holes[0]
+async def _fill(feed:Feed, name:str)->None:
+    gaps,lost,wait_s,tries = feed.missing[name],set[Gap](),_SETTLE_S,0
+    while gaps:
+        await asyncio.sleep(wait_s)
+        near = 0
         try:
-            if feed.is_up(gap.stream): new,how = await _ask(feed, gap, first, last, how)
-        except (VenueError, DataError) as e: feed.streams.note(f'{gap.stream} cannot be filled', e)
-        if not new: await asyncio.sleep(_RETRY_S if feed.is_up(gap.stream) else _RETRY_S/10)
-    feed.tell(gap, how if gap.stream in feed.streams.lines else 'lost')
+            if feed.is_up(name): near,tries = await _ask(feed, name, lost),tries + 1
+        except (VenueError, DataError, TimeoutError) as e:
+            feed.streams.note(f'{name} cannot be filled', e)
+            if isinstance(e, Refused): tries = _TRIES
+        if near: tries = 0
+        if tries >= _TRIES: _give_up(feed, name, lost)
+        for gap in [g for g in gaps if not _is_open(feed, g)]:
+            gaps.remove(gap)
+            feed.tell(gap, 'lost' if gap in lost or name not in feed.streams.lines else 'filled')
+        wait_s = 0. if near else _RETRY_S if feed.is_up(name) else _RETRY_S/10
+    del feed.missing[name]
 
-async def _ask(feed:Feed, gap:Gap, first:int, last:int, how:How)->tuple[int, How]: # How much nearer to the end that brought us
-    async with feed._few: found = late_events(gap, await _rows(feed, gap, (first, last)), feed.client.door.now())
-    if not (line := feed.streams.lines.get(gap.stream)): return 1,how
+async def _ask(feed:Feed, name:str, lost:set[Gap])->int: # How much nearer to the end that brought us
+    gap,holes = feed.missing[name][0],feed.streams.lines[name].sequence.holes
+    if not holes: return 1
+    first = min(a for a,_ in holes)
+    last = max(min(b, first + 998*gap.step) for a,b in holes if a <= first + 998*gap.step)
+    async with feed._few, asyncio.timeout(_ANSWER_S): rows = await _rows(feed, gap, first, last)
+    found = late_events(gap, rows, feed.client.door.now())
+    if not (line := feed.streams.lines.get(name)) or not found: return 0
     new = [e for key,e in found if first <= key <= last and line.sequence.on(key)[0]]
-    for event in new: feed.on_late(event)
-    if found and found[-1][0] > last and any(a <= last and b >= first for a,b in line.sequence.holes): # It knows what comes after, and these not
-        line.sequence.close((first, last))
-        return 1,'lost'
-    return len(new),how
+    for e in new: feed.on_late(e)
+    until = min(last, found[-1][0] - gap.step) # What is missing below what it knows was never given
+    if any(a <= until and b >= first for a,b in line.sequence.holes):
+        lost.update(g for g in feed.missing[name] if g.first <= until and _is_open(feed, g))
+        line.sequence.close((first, until))
+        return 1
+    return len(new)
+
+def _give_up(feed:Feed, name:str, lost:set[Gap])->None:
+    lost.update(g for g in feed.missing[name] if _is_open(feed, g))
+    for gap in feed.missing[name] if name in feed.streams.lines else (): feed.streams.lines[name].sequence.close((gap.first, gap.last))
 
 # %% ../../nbs/10_data/09e_feed.ipynb #3b32bfa5
 def _lose(feed:Feed, name:str)->None:
@@ -191,12 +214,12 @@ async def _find(feed:Feed, name:str, book:Book)->None:
         while not book.valid and name in feed.streams.lines:
             try:
                 if feed.is_up(name) and book.waiting: await _restart(feed, name, book)
-            except (VenueError, DataError) as e: feed.streams.note(f'the book of {book.symbol} cannot be asked for', e)
+            except (VenueError, DataError, TimeoutError) as e: feed.streams.note(f'the book of {book.symbol} cannot be asked for', e)
             if not book.valid: await asyncio.sleep(_RETRY_S/10 if not book.waiting else _RETRY_S/2)
     finally: feed._asking.discard(name)
 
 async def _restart(feed:Feed, name:str, book:Book)->None:
-    async with feed._few: body = await feed.client.raw('GET /fapi/v1/depth', dict(symbol=book.symbol, limit=feed.levels))
+    async with feed._few, asyncio.timeout(_ANSWER_S): body = await feed.client.raw('GET /fapi/v1/depth', dict(symbol=book.symbol, limit=feed.levels))
     if not book.waiting: return # Lost again meanwhile: this would be of before
     frame,seen_ns = b'{"stream":"%b","data":%b}' % (name.encode(), body),feed.client.door.now()
     book.on(e := snapshot(answer('GET /fapi/v1/depth', body), book.symbol, seen_ns))

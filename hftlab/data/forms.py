@@ -9,15 +9,15 @@ says what a message means: on whatever both can read, they say the same."""
 
 # %% auto #0
 __all__ = ['FORMS', 'OTHER', 'QUOTED', 'TRADED', 'CHANGED', 'JOINED', 'MARKED', 'TOLD', 'SCAN_E', 'SCAN_T', 'SCAN_U', 'SCAN_LAST',
-           'SCAN_PU', 'SCAN_ID', 'SCAN_SIDE', 'SCAN_SEEN', 'SCAN_USED', 'SCAN_WORD', 'SCAN_NUM', 'SCAN_NAME',
-           'SCAN_MORE', 'scan_init', 'scan_read', 'scan_event']
+           'SCAN_PU', 'SCAN_ID', 'SCAN_SIDE', 'SCAN_SEEN', 'SCAN_USED', 'SCAN_WHAT', 'SCAN_WORD', 'SCAN_NUM',
+           'SCAN_NAME', 'SCAN_MORE', 'NOT_THE_BOOK', 'scan_init', 'scan_read', 'scan_event']
 
 # %% ../../nbs/10_data/08f_forms.ipynb #9cd36c40
 import re
 import numpy as np
-from ..core.events import Depth, Event, Mark, Quote, Snapshot, Trade
+from ..core.events import Depth, Event, Mark, Quote, Side, Snapshot, Trade
 from ..core.kernel import kernel
-from .book import BOOK_DESK, BOOK_GRID, BOOK_LAID, BOOK_ROOM, BOOK_SIZE, book_init
+from .ladder import LADDER_DESK, LADDER_GRID, LADDER_LAID, LADDER_ROOM, LADDER_SIZE, ladder_init
 from .schema import Instrument
 
 # %% ../../nbs/10_data/08f_forms.ipynb #297d84d9
@@ -34,15 +34,15 @@ FORMS = (
 
 # %% ../../nbs/10_data/08f_forms.ipynb #d55ad14b
 OTHER,QUOTED,TRADED,CHANGED,JOINED,MARKED,TOLD = range(7) # What a frame is: a quote, a trade, a difference, an aggregate, a mark price, a snapshot
-SCAN_E,SCAN_T,SCAN_U,SCAN_LAST,SCAN_PU,SCAN_ID,SCAN_SIDE = range(BOOK_SIZE, BOOK_SIZE + 7)
-SCAN_SEEN,SCAN_USED,_SETTLE,_NOBODY,SCAN_WORD,SCAN_NUM,_GRID,SCAN_NAME = (BOOK_SIZE + i for i in (7, 8, 10, 12, 14, 16, 24, 28))
+SCAN_E,SCAN_T,SCAN_U,SCAN_LAST,SCAN_PU,SCAN_ID,SCAN_SIDE = range(LADDER_SIZE, LADDER_SIZE + 7)
+SCAN_SEEN,SCAN_USED,SCAN_WHAT,_SETTLE,_NOBODY,SCAN_WORD,SCAN_NUM,_GRID,SCAN_NAME = (LADDER_SIZE + i for i in (7, 8, 9, 10, 12, 14, 16, 24, 28))
 SCAN_MORE = 80 # So many numbers behind the book
 _PLACES = {'E': SCAN_E, 'T': SCAN_T, 'U': SCAN_U, 'u': SCAN_LAST, 'pu': SCAN_PU, 'id': SCAN_ID, 'm': SCAN_SIDE, 's': SCAN_WORD, 'P': _SETTLE, '_': _NOBODY,
     'n': SCAN_NUM, 'n2': SCAN_NUM + 2, 'n3': SCAN_NUM + 4, 'n4': SCAN_NUM + 6, 'b': 0, 'a': 1}
 
 def _table(forms:list[str])->tuple[np.ndarray,np.ndarray,np.ndarray]: # Rows of sign, place or text, its end, where to go on; the text; first rows
     "Forms as numbers"
-    rows,text,first = [],b'',[]
+    rows,text,first = list[list[int]](),b'',list[int]()
     for form in forms:
         first.append(len(rows))
         may,begun = False,0
@@ -102,12 +102,12 @@ _BETWEEN,_NEXT = (_w(int.from_bytes(v, 'little')) for v in (b'","', b'"],["'))
 
 @kernel
 def _levels(b, i, s, side): # Where they end, -1 if these are none; lays them on the book's desk
-    o,k,pk,pn,qk,qn,safe = BOOK_DESK + 2*BOOK_ROOM*side,0,s[_GRID],s[_GRID + 1],s[_GRID + 2],s[_GRID + 3],len(b) - 32
-    s[BOOK_LAID + side] = 0
+    o,k,pk,pn,qk,qn,safe = LADDER_DESK + 2*LADDER_ROOM*side,0,s[_GRID],s[_GRID + 1],s[_GRID + 2],s[_GRID + 3],len(b) - 32
+    s[LADDER_LAID + side] = 0
     if b[i]==91 and b[i + 1]==93: return i + 2 # []
     if b[i]!=91 or b[i + 1]!=91 or b[i + 2]!=34: return -1 # [["
     i += 3
-    while i < safe and k < 2*BOOK_ROOM - 2 and pn==1 and qn==1:
+    while i < safe and k < 2*LADDER_ROOM - 2 and pn==1 and qn==1:
         quote = _zero(_word(b, i + 1) ^ _QUOTES)
         if quote==_w(0): break
         n = _where(quote) + 1
@@ -128,17 +128,17 @@ def _levels(b, i, s, side): # Where they end, -1 if these are none; lays them on
         s[o + k],s[o + k + 1] = px,qty
         k,i = k + 2,at + 5
         if _word(b, at) & _w(0xffffffffff)!=_NEXT:
-            s[BOOK_LAID + side] = k//2
+            s[LADDER_LAID + side] = k//2
             return at + 3 if b[at + 1]==93 and b[at + 2]==93 else -1 # ]]
-    while k < 2*BOOK_ROOM:
+    while k < 2*LADDER_ROOM:
         for part in range(2):
             keep,unit = (pk, pn) if part==0 else (qk, qn)
-            v,first,left,d = 0,i,keep,np.int64(b[i]) - 48
-            while 0 <= d <= 9: v,i,d = 10*v + d,i + 1,np.int64(b[i + 1]) - 48
+            v,first,left,d = 0,i,keep,b[i] - 48
+            while 0 <= d <= 9: v,i,d = 10*v + d,i + 1,b[i + 1] - 48
             if i==first or i - first > 15 or b[first]==48 and i - first > 1: return -1
             if b[i]==46: # A point
-                first,i,d = i + 1,i + 1,np.int64(b[i + 1]) - 48
-                while 0 <= d <= 9 and left > 0: v,i,left,d = 10*v + d,i + 1,left - 1,np.int64(b[i + 1]) - 48
+                first,i,d = i + 1,i + 1,b[i + 1] - 48
+                while 0 <= d <= 9 and left > 0: v,i,left,d = 10*v + d,i + 1,left - 1,b[i + 1] - 48
                 while b[i]==48: i += 1
                 if i==first: return -1
             while left > 0: v,left = 10*v,left - 1
@@ -151,7 +151,7 @@ def _levels(b, i, s, side): # Where they end, -1 if these are none; lays them on
         if b[i]!=44: break # ,
         if b[i + 1]!=91 or b[i + 2]!=34: return -1 # ["
         i += 3
-    s[BOOK_LAID + side] = k//2
+    s[LADDER_LAID + side] = k//2
     return i + 1 if b[i]==93 else -1
 
 # %% ../../nbs/10_data/08f_forms.ipynb #3ed1cf37
@@ -159,9 +159,9 @@ def scan_init(
     x:Instrument|None=None, # Whose levels are put into a book; None: levels in steps of 1e-8, for no book
 )->np.ndarray:
     "State of a scan that has seen nothing, and of its book"
-    s = book_init(x, SCAN_MORE) if x else np.zeros(BOOK_SIZE + SCAN_MORE, np.int64)
+    s = ladder_init(x, SCAN_MORE) if x else np.zeros(LADDER_SIZE + SCAN_MORE, np.int64)
     for i in range(2):
-        n,d = s[BOOK_GRID + 2*i:BOOK_GRID + 2*i + 2].tolist() if x else (1, 10**8)
+        n,d = s[LADDER_GRID + 2*i:LADDER_GRID + 2*i + 2].tolist() if x else (1, 10**8)
         keep = next(k for k in range(19) if n*10**k % d==0)
         s[_GRID + 2*i:_GRID + 2*i + 2] = keep,n*10**keep//d
     name = x.symbol.encode()[:SCAN_MORE//2] if x else b''
@@ -192,8 +192,7 @@ def scan_read(s, b):
     for form in range(len(_FIRST)):
         row,i = _FIRST[form],begin
         while True:
-            sign,a,end,first = _ROWS[row, 0],_ROWS[row, 1],_ROWS[row, 2],i
-            row += 1
+            sign,a,end,first,row = _ROWS[row, 0],_ROWS[row, 1],_ROWS[row, 2],i,row + 1
             if sign==61 or sign==63: # = and ?
                 if i + end - a < safe:
                     while end - a >= 8 and _word(b, i)==_word(_TEXT, a): i,a = i + 8,a + 8
@@ -224,7 +223,7 @@ def scan_read(s, b):
                         s[a],s[a + 1],i = _digits(t, digits),digits - p,i + k
                         continue
                 v,point,minus = 0,-1,b[i]==45
-                if minus: first,i = i + 1,i + 1
+                if minus: i = first = i + 1
                 while 48 <= b[i] <= 57 or b[i]==46 and point < 0:
                     if b[i]==46: point = i
                     else: v = 10*v + b[i] - 48
@@ -237,9 +236,8 @@ def scan_read(s, b):
                 if i==first: break
                 s[a],s[a + 1] = first,i
             elif sign==33: # !
-                s[a] = b[i]==116
-                if b[i]==116 and b[i + 1]==114 and b[i + 2]==117 and b[i + 3]==101: i += 4
-                elif b[i]==102 and b[i + 1]==97 and b[i + 2]==108 and b[i + 3]==115 and b[i + 4]==101: i += 5
+                if b[i]==116 and b[i + 1]==114 and b[i + 2]==117 and b[i + 3]==101: s[a],i = 1,i + 4
+                elif b[i]==102 and b[i + 1]==97 and b[i + 2]==108 and b[i + 3]==115 and b[i + 4]==101: s[a],i = 0,i + 5
                 else: break
             elif sign==42: # *
                 i = _levels(b, i, s, a)
@@ -248,6 +246,8 @@ def scan_read(s, b):
     return OTHER
 
 # %% ../../nbs/10_data/08f_forms.ipynb #6c052c51
+NOT_THE_BOOK = re.compile(rb'\{"stream":"\w+@(depth\d|rpiDepth)') # Its top, or one with orders that only people at screens may take
+
 _DEPTH,_TICKER = (np.frombuffer(v, np.uint8).copy() for v in (b'@depth', b'@bookTicker"'))
 
 @kernel
@@ -279,7 +279,8 @@ def scan_event(
     e,t,first,last,previous,trade,buyer_waited = s[SCAN_E:SCAN_SEEN].tolist()
     m = s[SCAN_NUM:SCAN_NUM + 8].tolist()
     a,b,c,d = (m[i]/10**m[i + 1] for i in (0, 2, 4, 6))
-    seen,side = int(s[SCAN_SEEN]),-1 if buyer_waited else 1
+    seen:int = int(s[SCAN_SEEN])
+    side:Side = -1 if buyer_waited else 1
     when = 1_000_000*(t if t >= 0 else e) if t >= 0 or e >= 0 else seen
     if what==QUOTED: return Quote(when, seen, symbol, a, b, c, d, last)
     if what in (TRADED, JOINED): return Trade(when, seen, symbol, a, b, side, trade)
@@ -288,6 +289,6 @@ def scan_event(
     return Depth(when, seen, symbol, first, last, previous, bids, asks) if what==CHANGED else Snapshot(when, seen, symbol, last, bids, asks)
 
 def _pairs(s:np.ndarray, side:int, at:tuple[int,int,int,int])->tuple[tuple[float,float],...]:
-    o = BOOK_DESK + 2*BOOK_ROOM*side
-    rows = s[o:o + 2*s[BOOK_LAID + side]].tolist()
+    o = LADDER_DESK + 2*LADDER_ROOM*side
+    rows = s[o:o + 2*s[LADDER_LAID + side]].tolist()
     return tuple((p*at[0]/at[1], q*at[2]/at[3]) for p,q in zip(rows[::2], rows[1::2], strict=True))

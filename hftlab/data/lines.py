@@ -148,7 +148,7 @@ class Line:
         self.name,self.kind = name,kind_of(name)
         self.sequence,self.pulse = Sequence(self.kind.step),Pulse(getattr(s, self.kind.silence, 0), now_ns)
         self.messages = self.odd = self.gaps = self.event_ms = 0
-        self._newest,self._recent = -1,dict[bytes, None]()
+        self._newest,self._recent = -1,dict[int, None]()
 
     def on(self,
         frame:bytes,
@@ -165,8 +165,8 @@ class Line:
         return new,self._gap(hole, before) if hole else None
 
     def _same(self, frame:bytes)->bool:
-        new = frame not in self._recent
-        self._recent[frame] = None
+        new = (same := hash(frame)) not in self._recent
+        self._recent[same] = None
         self.sequence.doubled += not new
         if len(self._recent) > _RECENT: del self._recent[next(iter(self._recent))]
         return new

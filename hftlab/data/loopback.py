@@ -130,7 +130,7 @@ class Tape:
 class Seat:
     "A connection, and how it is treated"
     def __init__(self, ws:ServerConnection, door:str):
-        self.ws,self.door,self.names,self.is_mute = ws,door,set[str](),False
+        self.ws,self.door,self.names,self.is_mute,self.told = ws,door,set[str](),False,0
         self.waits:list[bytes]|None = None
 
     def release(self)->None:
@@ -203,6 +203,7 @@ class Loopback:
     def _tell(self, f:Frame)->None:
         seats = [s for s in self.seats if f.stream in s.names and not s.is_mute and route(f.stream)==s.door]
         for s in seats:
+            s.told += 1
             if s.waits is not None: s.waits.append(f.text)
         for _ in range(1 + self._twice[self._at % 4096]): broadcast([s.ws for s in seats if s.waits is None], f.text, text=True)
 

@@ -17,9 +17,10 @@ import numpy as np
 from ..core.errors import DataError, HftlabError
 from ..core.events import Depth, Mark, Quote, Snapshot, Trade
 from ..core.kernel import kernel
-from .book import BOOK_GRID, BOOK_PHASE, BREAKS, LOST, USED, Book, book_follow, book_quote
-from .forms import (CHANGED, MARKED, OTHER, QUOTED, SCAN_E, SCAN_LAST, SCAN_MORE, SCAN_NAME, SCAN_PU, SCAN_SEEN, SCAN_T, SCAN_U, SCAN_USED, SCAN_WORD,
-    TOLD, TRADED, scan_event, scan_init, scan_read)
+from .book import BOOK_PHASE, BREAKS, LOST, Book, book_follow
+from .forms import (CHANGED, MARKED, NOT_THE_BOOK, OTHER, QUOTED, SCAN_E, SCAN_LAST, SCAN_MORE, SCAN_NAME, SCAN_PU, SCAN_SEEN, SCAN_T,
+    SCAN_U, SCAN_USED, SCAN_WHAT, SCAN_WORD, TOLD, TRADED, scan_event, scan_init, scan_read)
+from .ladder import LADDER_GRID, USED, ladder_quote
 from .recordings import Recording
 from .schema import QUOTE, Instrument
 from .wire import decode
@@ -32,18 +33,18 @@ def _apply(s, b, seen_ns):
     if what==OTHER or what==TOLD or s[SCAN_WORD + 1] - s[SCAN_WORD]!=n: return OTHER
     for j in range(n):
         if b[s[SCAN_WORD] + j]!=s[SCAN_NAME + 1 + j]: return OTHER
-    if what!=CHANGED: return what
-    if s[BOOK_PHASE]==LOST: return OTHER
-    became = s[SCAN_USED] = book_follow(s, s[SCAN_U], s[SCAN_LAST], s[SCAN_PU])
-    return OTHER if became==BREAKS else what if became >= 0 else became
+    if what==CHANGED:
+        if s[BOOK_PHASE]==LOST: return OTHER
+        became = s[SCAN_USED] = book_follow(s, s[SCAN_U], s[SCAN_LAST], s[SCAN_PU])
+        if became < 0: return OTHER if became==BREAKS else became
+    s[SCAN_WHAT] = what
+    return what
 
-@kernel
-def _one(s, b, seen_ns): return _apply(s, b, seen_ns) # Called from Python alone, so that it has one signature
-
-def _entry(step:Any, *args:Any)->Callable:
-    "The machine code of a kernel for such arguments; saves asking for their types at every call"
-    step(*args)
-    return step.overloads[step.signatures[0]].entry_point if hasattr(step, 'overloads') else step
+# %% ../../nbs/10_data/08fa_scan.ipynb #2c408fb9
+def _entry(step:Any, s:np.ndarray)->Callable[[bytes, int], int]:
+    step(s, b'', 0) # Compiles it
+    code = [c.entry_point for types,c in getattr(step, 'overloads', {}).items() if 'bytes' in str(types[1]).lower()]
+    return partial(code[0] if code else step, s)
 
 # %% ../../nbs/10_data/08fa_scan.ipynb #1e282fdd
 @kernel
@@ -61,7 +62,7 @@ def _many(s, b, starts, ends, seen, i, n, kinds, quotes): # The frame it stopped
 @kernel
 def _write(s, q, ts_ms, seen_ns):
     q.ts_ns,q.seen_ns,q.update_id = 1_000_000*ts_ms,seen_ns,s[SCAN_LAST]
-    q.bid_px,q.bid_qty,q.ask_px,q.ask_qty = book_quote(s)
+    q.bid_px,q.bid_qty,q.ask_px,q.ask_qty = ladder_quote(s)
 
 # %% ../../nbs/10_data/08fa_scan.ipynb #3c23adf8
 _TYPES:dict[type,int] = {Quote: QUOTED, Trade: TRADED, Depth: CHANGED, Mark: MARKED, Snapshot: TOLD}
@@ -74,33 +75,37 @@ class Scan:
     ):
         self.book = Book(x, patience, SCAN_MORE)
         self.book.state[:] = scan_init(x)
-        self._step = partial(_entry(_one, self.book.state, b'', 0), self.book.state)
-        self._last:Any = None
+        self.step = _entry(_apply, self.book.state) # `step(frame, seen_ns)` is all of `on` for most frames; not above 0, `general` must be asked
+        self._other:Any = None
 
     def on(self,
         frame:bytes, # As it came
         seen_ns:int, # When, by our clock
     )->int: # What it was
         "Take a frame; one that breaks the book raises `OutOfStep`, one that is none `DataError`"
-        if frame.__class__ is not bytes: frame = bytes(frame) # Compiled code would read a strided view as if it were none
-        what = self._step(frame, seen_ns)
-        if what <= 0: return self._general(what, frame, seen_ns)
-        self._last = what
-        return what
+        what = self.step(frame if isinstance(frame, bytes) else bytes(frame), seen_ns)
+        return what if what > 0 else self.general(what, frame, seen_ns)
 
-    def _general(self, became:int, frame:bytes, seen_ns:int)->int:
+    def general(self,
+        became:int, # What `step` said
+        frame:bytes,
+        seen_ns:int,
+    )->int: # What it was
+        "Take a frame that is not for compiled code"
+        self.book.state[SCAN_WHAT],self._other = OTHER,None
         if became < 0: self.book.judge(became)
-        self._last = e = decode(frame, seen_ns, self.book.symbol)
+        e:Any = decode(frame, seen_ns, self.book.symbol)
+        self._other = e
         symbol,what = getattr(e, 'symbol', self.book.symbol),_TYPES.get(type(e), OTHER)
         if symbol!=self.book.symbol: raise DataError(f'symbol must be {self.book.symbol}, was {symbol}')
-        if what==CHANGED or what==TOLD and b'"lastUpdateId"' in frame: self.book.on(e)
+        if what in (CHANGED, TOLD) and not NOT_THE_BOOK.match(frame): self.book.on(e)
         return what
 
     def event(self)->Any: # An event, or what else the frame was
         "The last frame as an object"
-        if not isinstance(self._last, int): return self._last
         s = self.book.state
-        return scan_event(s, self._last, self.book.symbol, tuple(s[BOOK_GRID:BOOK_GRID + 4].tolist()))
+        if s[SCAN_WHAT]==OTHER: return self._other
+        return scan_event(s, int(s[SCAN_WHAT]), self.book.symbol, tuple(s[LADDER_GRID:LADDER_GRID + 4].tolist()))
 
     def run(self,
         r:Recording, # Of this symbol
@@ -108,17 +113,18 @@ class Scan:
     )->tuple[np.ndarray,np.ndarray]: # What each frame was, and a `QUOTE` after each that changed the book
         "Take a whole recording"
         s,kinds,quotes,i,n = self.book.state,np.zeros(len(r), np.int8),np.empty(len(r), QUOTE),0,0
-        b = np.frombuffer(memoryview(r.buffer).toreadonly(), np.uint8)
+        b = r.buffer.view()
+        b.flags.writeable = False # As the kernel knows it
         while True:
             i,what,n = _many(s, b, r.starts, r.ends, r.seen_ns, i, n, kinds, quotes)
             if i==len(r): return kinds,quotes[:n]
             seen,frame = r[i]
             before = self.book.valid,self.book.last_id
-            try: kinds[i] = self._general(what, frame, seen)
+            try: kinds[i] = self.general(what, frame, seen)
             except HftlabError as e:
                 if bad is None: raise
                 bad(e)
             if self.book.valid and before!=(True, self.book.last_id):
-                quotes[n] = self._last.ts_ns,seen,*self.book.best(),self.book.last_id
+                quotes[n] = self._other.ts_ns,seen,*self.book.best(),self.book.last_id
                 n += 1
             i += 1

@@ -71,6 +71,9 @@ class Link:
             await socket.want(self.names)
             return socket
         except VenueError as e: why = str(e)
+        except asyncio.CancelledError:
+            if socket: socket.kill('closed by us')
+            raise
         if socket: await socket.close()
         self.failed(why, not await knock(self.url))
         return None
@@ -120,13 +123,17 @@ async def _renew(link:Link, old:Socket)->Socket:
     fresh = await link.open(held=True)
     if not fresh or fresh.held is None: return old
     end,heard,done = link.now() + int(_OVERLAP_S*SECOND),set[str](),0
-    while not old.task.done() and link.now() < end:
-        heard |= {name_of(frame) for frame,_ in fresh.held[done:]}
-        done = len(fresh.held)
-        spoke = {n for n in link.names if link.lines[n].pulse.seen_ns > fresh.opened_ns}
-        if spoke and spoke <= heard: break
-        await asyncio.sleep(_TICK_S/5)
-    await old.close('renewed')
+    try:
+        while not old.task.done() and link.now() < end:
+            heard |= {name_of(frame) for frame,_ in fresh.held[done:]}
+            done = len(fresh.held)
+            spoke = {n for n in link.names if link.lines[n].pulse.seen_ns > fresh.opened_ns}
+            if spoke and spoke <= heard: break
+            await asyncio.sleep(_TICK_S/5)
+        await old.close('renewed')
+    except asyncio.CancelledError:
+        fresh.kill('closed by us')
+        raise
     fresh.release()
     link.tell(link, 'renewed', '')
     return fresh
@@ -202,6 +209,7 @@ class Streams:
         "Count what is odd, and log it once a minute"
         if self.odd.on(kind, self.now()): _log.warning('%s: %s', kind, what)
 
+# %% ../../nbs/10_data/09c_streams.ipynb #c766bd87
 def _sort(x:Streams, name:str, frame:bytes, seen_ns:int)->None:
     line = x.lines.get(name or name_of(frame))
     if not line:
