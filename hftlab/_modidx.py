@@ -1931,6 +1931,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'hftlab.data.streams.Streams.want': ('10_data/streams.html#streams.want', 'hftlab/data/streams.py'),
                                      'hftlab.data.streams._keep': ('10_data/streams.html#_keep', 'hftlab/data/streams.py'),
                                      'hftlab.data.streams._nothing': ('10_data/streams.html#_nothing', 'hftlab/data/streams.py'),
+                                     'hftlab.data.streams._overlap': ('10_data/streams.html#_overlap', 'hftlab/data/streams.py'),
                                      'hftlab.data.streams._renew': ('10_data/streams.html#_renew', 'hftlab/data/streams.py'),
                                      'hftlab.data.streams._sort': ('10_data/streams.html#_sort', 'hftlab/data/streams.py'),
                                      'hftlab.data.streams._tend': ('10_data/streams.html#_tend', 'hftlab/data/streams.py'),

@@ -105,7 +105,12 @@ def in_order(kind:str, rows:np.ndarray)->np.ndarray:
     "Rows by time, and by number where the time is the same"
     at,number = rows[clock(KINDS[kind])],rows[KINDS[kind].key[0]]
     fine = (at[1:] > at[:-1]) | ((at[1:]==at[:-1]) & (number[1:] >= number[:-1]))
-    return rows if fine.all() else rows[np.lexsort((number, at))]
+    if fine.all(): return rows
+    order = np.lexsort((number, at))
+    moved = np.flatnonzero(order!=np.arange(len(rows)))
+    out,part = rows.copy(),slice(moved[0], moved[-1] + 1) # Most lies right already
+    out[part] = rows[order[part]]
+    return out
 
 def _pieces(kind, rows):
     ns = KINDS[kind].ns(rows)

@@ -31,7 +31,8 @@ async def knock(
     "Try the port"
     at = urlsplit(get_proxy(parse_uri(url)) or url)
     port = at.port or {'wss': 443, 'https': 443}.get(at.scheme, 80)
-    try: _,writer = await asyncio.wait_for(asyncio.open_connection(at.hostname, port), timeout_s)
+    try:
+        async with asyncio.timeout(timeout_s): _,writer = await asyncio.open_connection(at.hostname, port)
     except (OSError, TimeoutError): return False
     writer.close()
     return True
@@ -55,8 +56,9 @@ class Questions:
                 self._free_s,self._asked = loop.time() + self._apart_s,self._asked + 1
                 self._open[self._asked] = answer = loop.create_future()
                 try:
-                    await self._ws.send(subscribe(todo[i:i + _CHUNK], self._asked, method), text=True)
-                    await asyncio.wait_for(answer, ACK_S)
+                    async with asyncio.timeout(ACK_S):
+                        await self._ws.send(subscribe(todo[i:i + _CHUNK], self._asked, method), text=True)
+                        await answer
                 except TimeoutError: raise Unreachable(f'{method} must be answered within {ACK_S:g} s, was not') from None
                 except ConnectionClosed: raise Unreachable(f'{method} must be answered, the connection was closed') from None
                 finally: del self._open[self._asked]
@@ -112,7 +114,8 @@ class Socket:
             while True:
                 await asyncio.sleep(self.s.ping_interval)
                 start,pong = self.now(),await self.ws.ping()
-                try: await asyncio.wait_for(asyncio.shield(pong), self.s.ping_timeout)
+                try:
+                    async with asyncio.timeout(self.s.ping_timeout): await asyncio.shield(pong)
                 except TimeoutError: return self.kill('no pong')
                 self.pong_ns = self.now()
                 self.ping_ns = self.pong_ns - start
@@ -144,7 +147,8 @@ class Socket:
     async def close(self, why:str='closed by us')->None:
         "Say goodbye, and read what is still on its way"
         self.why = self.why or why
-        with suppress(TimeoutError): await asyncio.wait_for(self.ws.close(), min(_DRAIN_S, self.s.close_timeout))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(min(_DRAIN_S, self.s.close_timeout)): await self.ws.close()
         self.ws.transport.abort()
         await asyncio.wait({self.task})
 

@@ -122,21 +122,28 @@ async def _tend(link:Link, socket:Socket)->None:
 async def _renew(link:Link, old:Socket)->Socket:
     fresh = await link.open(held=True)
     if not fresh or fresh.held is None: return old
-    end,heard,done = link.now() + int(_OVERLAP_S*SECOND),set[str](),0
-    try:
-        while not old.task.done() and link.now() < end:
-            heard |= {name_of(frame) for frame,_ in fresh.held[done:]}
-            done = len(fresh.held)
-            spoke = {n for n in link.names if link.lines[n].pulse.seen_ns > fresh.opened_ns}
-            if spoke and spoke <= heard: break
-            await asyncio.sleep(_TICK_S/5)
-        await old.close('renewed')
+    try: is_good = await _overlap(link, old, fresh)
     except asyncio.CancelledError:
         fresh.kill('closed by us')
         raise
+    if not is_good:
+        await fresh.close('did not speak')
+        return old
+    await old.close('renewed')
     fresh.release()
     link.tell(link, 'renewed', '')
     return fresh
+
+async def _overlap(link:Link, old:Socket, fresh:Socket)->bool: # Is the fresh one to be had instead?
+    end,heard,spoke,done = link.now() + int(_OVERLAP_S*SECOND),set[str](),set[str](),0
+    while not (spoke and spoke <= heard) and link.now() < end:
+        await asyncio.sleep(_TICK_S/5)
+        held = fresh.held or []
+        heard,done = heard | {name_of(frame) for frame,_ in held[done:]},len(held)
+        lines = [link.lines[n] for n in old.names if n in link.lines]
+        spoke = {x.name for x in lines if x.pulse.seen_ns > fresh.opened_ns}
+        if old.task.done() or late(lines, link.now())[0]: return True
+    return spoke <= heard
 
 # %% ../../nbs/10_data/09c_streams.ipynb #98a0631f
 _log = logging.getLogger('hftlab.streams')
