@@ -220,6 +220,28 @@ def test_the_stream_of_an_account_and_its_key(caplog):
     assert 'secret' not in caplog.text and 'expired' in caplog.text
 
 
+@pytest.mark.parametrize('mute', ['old', 'fresh'])
+def test_renewing_beside_a_connection_that_is_mute(mute, monkeypatch):
+    "The one that speaks is the one that is heard, nothing is missing, and it does not take the whole time of two side by side"
+    monkeypatch.setattr('hftlab.data.streams._OVERLAP_S', .6)
+    async def main():
+        got, told = [], []
+        async with plain() as (venue, url), Streams(url, Stream(reconnect_hours=1/3600, silence_trade=.3), lambda ns, f: got.append(int(f[-4:-2])),
+                told.append, lambda link, what, why: told.append(what)) as x:
+            x.want('btcusdt@aggTrade')
+            await until(lambda: 'up' in told)
+            old = set(venue.open)
+            for i in range(10, 90):
+                speak = venue.open if len(venue.open) == 1 else venue.open & old if mute == 'fresh' else venue.open - old
+                broadcast(speak, b'{"stream":"btcusdt@aggTrade","data":{"e":"aggTrade","E":7,"a":%d}}' % i, text=True)
+                await asyncio.sleep(.03)
+                if len(venue.open) == 1: old = set(venue.open)
+            await until(lambda: got[-1] == 89)
+        assert got == list(range(10, 90)) and 'down' not in told
+        assert ('renewed' in told) == (mute == 'old')
+    asyncio.run(main())
+
+
 def test_what_cannot_be_read_is_counted_and_fetched(tape, caplog):
     "Broken frames among good ones: each is given to whoever records, said once, and what it should have told is asked for"
     async def main():

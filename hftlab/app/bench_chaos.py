@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -57,7 +58,7 @@ class Faults:
             and all(b.valid for b in self.feed.books.values()) and not self.feed._work
 
     async def outage(self)->None:
-        start,self.is_up = time.monotonic(),False
+        start,self.is_up,self.counts['outage'] = time.monotonic(),False,self.counts['outage'] + 1
         await self.venue.down()
         await asyncio.sleep(self.rng.choice([.2, .5, 1., 3.]))
         await self.venue.up()
@@ -72,8 +73,8 @@ class Faults:
         if not seats: return
         seat = seats[self.rng.integers(len(seats))]
         self.counts[kind] += 1
+        seat.is_mute |= kind=='mute'
         if kind=='cut': seat.ws.transport.abort()
-        if kind=='mute': seat.is_mute = True
         if kind=='slow':
             seat.waits = seat.waits or []
             await asyncio.sleep(self.rng.uniform(.1, .4))
@@ -84,10 +85,7 @@ class Faults:
         "Until then"
         while time.monotonic() < until_s:
             await asyncio.sleep(self.rng.exponential(.15))
-            if self.rng.random() < .1:
-                self.counts['outage'] += 1
-                await self.outage()
-            else: await self.one()
+            await (self.outage() if self.rng.random() < .1 else self.one())
 
     async def watch(self)->None:
         "Does the machine let us run? Until cancelled"
@@ -129,8 +127,9 @@ class Seen:
 
     def on_link(self, link:Any, told:str, why:str)->None:
         if self.is_over: return # A market that has ended is silent
-        ours = told!='failed' or not (f := self.faults) or f.is_up and time.monotonic() > f.still_s
-        self.links[told if ours else 'failed while down'] += 1
+        f = self.faults
+        if told=='failed' and f: told = 'failed while down' if not f.is_up else 'failed while still' if time.monotonic() < f.still_s else 'failed'
+        self.links[told] += 1
 
     def missing(self)->tuple[int, int]: # And doubled
         "Trades and bars that should have come and did not"
@@ -170,7 +169,14 @@ class Outcome(msgspec.Struct, frozen=True):
     recovery_s:list[float] # After each outage
     reconnects:int
     failed:int # Attempts while the exchange was there
-    renewed:int
+    excused:int # Attempts that failed while the machine stood still; not among them
+    renewed:int # Of `reconnects`, those beside an old connection that still worked
+
+async def _until(what:Callable[[], Any])->None:
+    end = time.monotonic() + 10
+    while not what():
+        if time.monotonic() > end: raise TimeoutError('a feed must be whole within 10 s of its start, was not')
+        await asyncio.sleep(.01)
 
 async def _day(wall_s:float, seed:int)->Outcome:
     tapes = [Tape(make_flow(86_400, seed + i, instrument(s), rate=.35), depth_ms=5000) for i,s in enumerate(('BTCUSDT', 'ETHUSDT'))]
@@ -183,9 +189,9 @@ async def _day(wall_s:float, seed:int)->Outcome:
             on_link=seen.on_link, levels=500) as feed:
         seen.feed,seen.faults = feed,(faults := Faults(venue, feed, seed))
         feed.want(*names)
-        while not all(k.socket for k in feed.streams.links): await asyncio.sleep(.01)
+        await _until(lambda: all(k.socket for k in feed.streams.links))
         playing = asyncio.create_task(venue.play())
-        while not faults.whole(0): await asyncio.sleep(.01)
+        await _until(lambda: faults.whole(0))
         watching = asyncio.create_task(faults.watch())
         await faults.run(time.monotonic() + wall_s - 6)
         await playing
@@ -193,10 +199,9 @@ async def _day(wall_s:float, seed:int)->Outcome:
         while time.monotonic() < end and (feed.missing or sum(seen.missing())): await asyncio.sleep(.02)
         messages = sum(k.messages for k in feed.streams.links)
     await venue.down()
-    links = seen.links
+    links,found = seen.links,[g.kind=='depth' for _,g,how in seen.gaps if how=='filled']
     return Outcome(time.monotonic() - start, messages, dict(faults.counts), *seen.missing(), seen.wrong, seen.unexplained(), seen.groundless(faults.times),
-        sum(g.kind=='depth' and how=='filled' for _,g,how in seen.gaps), sum(g.kind!='depth' and how=='filled' for _,g,how in seen.gaps),
-        [round(x, 2) for x in faults.recovery_s], links['up'] + links['renewed'] - len(names), links['failed'], links['renewed'])
+        sum(found), len(found) - sum(found), [round(x, 2) for x in faults.recovery_s], links['up'] + links['renewed'] - len(names), links['failed'], links['failed while still'], links['renewed'])
 
 def _run(work:Any)->Any: # In a thread of its own, as a notebook has a loop already
     with ThreadPoolExecutor(1) as pool: return pool.submit(asyncio.run, work).result()
@@ -287,6 +292,7 @@ def at_first()->Bar:
     "Reconnections that work at the first attempt once the exchange is there"
     o = day()
     return bar(name='chaos: reconnections at first attempt', unit='%', value=100*o.reconnects/max(1, o.reconnects + o.failed), bar=99, better='higher',
-        how=f'{o.reconnects} reconnections, {o.renewed} of them renewals before the cut, {o.failed} failed attempts while the exchange was there')
+        how=f'{o.reconnects} reconnections, {o.renewed} of them renewals before the cut, {o.failed} failed attempts while the exchange was there, '
+            f'{o.excused} more while the machine stood still')
 
 BARS = nothing_missing,books_right,back_again,at_first,burst

@@ -225,16 +225,21 @@ class _Job:
             path.unlink()
         self.reach[f.series] = max(self.reach.get(f.series, 0), f.span[1])
 
+    async def _here(self, f):
+        try: await self._have(f)
+        except _Missing: there = False
+        else: there = True
+        self.lost = 0 # Somebody answers
+        return there
+
     async def file(self, f:File)->bool: # Whether its rows are in the catalog now
         "Fetch one file"
         name = f.path.split('/')[-1]
         async with self.room:
-            lost,self.lost = self.lost,0
-            try: return await self._have(f) or True
-            except _Missing: return False
+            try: return await self._here(f)
             except (DataError, Unreachable) as e:
                 self.got.refused[name] = str(e)
-                if isinstance(e.__cause__, aiohttp.ClientConnectionError|TimeoutError): self.lost = lost + 1
+                self.lost = self.lost + 1 if isinstance(e.__cause__, aiohttp.ClientConnectionError|TimeoutError) else 0
                 if self.lost >= self.source.settings.workers: raise
                 return False
             finally:

@@ -81,15 +81,14 @@ class Questions:
             if not answer.done(): answer.set_exception(Unreachable('a question must be answered, the connection was closed'))
 
 # %% ../../nbs/10_data/09b_sockets.ipynb #5c3752a8
-OPEN_S = 4. # Longest wait for an opening: TCP, TLS and the upgrade
-_DRAIN_S = 2. # And for what is on its way when we close
+OPEN_S,_DRAIN_S = 4.,2. # Longest waits: for TCP, TLS and upgrade; for what is on its way when we close
 
 class Socket:
     "One websocket"
     def __init__(self, ws:ClientConnection, s:Stream, take:Callable[[bytes, int], None], now:Callable[[], int], held:bool=False):
         self.ws,self.s,self.now,self._take = ws,s,now,take
         self.questions,self.names,self.refused = Questions(ws, s.messages_per_second),set[str](),set[str]()
-        self.held:list[tuple[bytes, int]]|None = [] if held else None
+        self.held = list[tuple[bytes, int]]() if held else None
         self.opened_ns,self.message_ns,self.pong_ns,self.ping_ns,self.why = now(),0,0,0,''
         self.task = asyncio.create_task(self._run())
 
@@ -136,8 +135,8 @@ class Socket:
 
     def release(self)->None:
         "Give on what was held, and hold no more"
-        held,self.held = self.held or [],None
-        for frame,seen_ns in held: self._take(frame, seen_ns)
+        held,self.held = self.held,None
+        for frame,seen_ns in held or (): self._take(frame, seen_ns)
 
     def kill(self, why:str)->None:
         "End it without a goodbye"
